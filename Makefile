@@ -1,0 +1,41 @@
+# Two commands: `make reproduce` and `make test`. Both set everything up first.
+PYTHON     ?= python3
+VENV       := .venv
+BIN        := $(VENV)/bin
+EXPERIMENT ?= demo
+DATA_ROOT  ?=
+CORES      ?= 0
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: reproduce test lab install docs clean-notebooks bench help
+
+help:            ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("scaleprotoseg needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[repro,dev]'
+	touch $@
+
+install: $(VENV)/.installed  ## virtual environment with everything
+
+reproduce: install  ## train, explain and report EXPERIMENT (default: demo); continues an interrupted run
+	$(BIN)/scaleprotoseg reproduce --experiment $(EXPERIMENT) --cores $(CORES) $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
+
+test: install    ## all tests, the smoke graph and every notebook
+	$(BIN)/python -m pytest
+
+lab: install     ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=.
+
+docs: install    ## README.md from nbs/index.ipynb
+	$(BIN)/python nbs/render_readme.py
+
+clean-notebooks: install  ## what to run before a commit: clean, export
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+
+bench: install   ## speed of what is measured
+	$(BIN)/python benchmarks/partscapes.py

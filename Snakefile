@@ -1,0 +1,77 @@
+# The graph of an experiment: training jobs, reading notebooks, report. `make reproduce` runs it.
+# A job's only declared output is its final marker; run folders and resume states belong to the package.
+from pathlib import Path
+
+from scaleprotoseg.recipes import find_recipe, recipes_of
+from scaleprotoseg.report import paper_notebooks
+
+EXPERIMENT = config.get("experiment", "demo")
+DATA_ROOT = config.get("data_root", "")
+DEVICE = config.get("device", "auto")
+RECIPES = {r.name.split("/")[1]: r for r in recipes_of(EXPERIMENT)}
+PAPERS = [f"{paper}/{name}" for paper, name in paper_notebooks(EXPERIMENT)]
+
+
+def marker(recipe, seed):
+    """A changed recipe has another marker, so it is run (and refuses to overwrite the old results)."""
+    return f"runs/{recipe.name}/seed{seed}/finished-{recipe.graph_digest()}.json"
+
+
+def start(w):
+    recipe = RECIPES[w.method]
+    return [marker(find_recipe(EXPERIMENT, recipe.init), w.seed)] if recipe.init else []
+
+
+MARKERS = [marker(r, seed) for r in RECIPES.values() for seed in r.seeds]
+
+
+wildcard_constraints:
+    method="[^/]+",
+    seed=r"\d+",
+    digest="[0-9a-f]+",
+
+
+rule all:
+    input:
+        # the markers too: results kept in git must not pass for those of this checkout
+        MARKERS,
+        f"figures/{EXPERIMENT}/report.html",
+
+
+rule train:
+    input:
+        start,
+    output:
+        f"runs/{EXPERIMENT}/{{method}}/seed{{seed}}/finished-{{digest}}.json",
+    threads: workflow.cores
+    resources:
+        gpu=1,
+    params:
+        method=lambda w: RECIPES[w.method].method,
+        variant=lambda w: RECIPES[w.method].variant and f"--variant {RECIPES[w.method].variant}",
+        data=f"--data-root {DATA_ROOT}" if DATA_ROOT else "",
+    shell:
+        "scaleprotoseg run {EXPERIMENT} {params.method} {params.variant} --seed {wildcards.seed} "
+        "--device {DEVICE} {params.data} --marker {output}"
+
+
+rule read:
+    input:
+        markers=MARKERS,
+        notebook="nbs/paper/{paper}.ipynb",
+    output:
+        f"figures/{EXPERIMENT}/{{paper}}.ipynb",
+    params:
+        data=f"-p data_root={DATA_ROOT}" if DATA_ROOT else "",
+    shell:
+        "scaleprotoseg notebook {input.notebook} {output} -p experiment={EXPERIMENT} {params.data}"
+
+
+rule report:
+    input:
+        MARKERS,
+        expand(f"figures/{EXPERIMENT}/{{paper}}.ipynb", paper=PAPERS),
+    output:
+        f"figures/{EXPERIMENT}/report.html",
+    shell:
+        "scaleprotoseg report {EXPERIMENT}"

@@ -1,0 +1,29 @@
+"Fixtures that find golden vectors and real sample data; without them the tests that need them skip visibly."
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / 'shared'
+
+
+def _needs(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f'needs ../{path.relative_to(SHARED.parent)}')
+    return path
+
+
+@pytest.fixture(scope='session')
+def shared() -> Path:
+    "The folder of golden vectors and sample data beside the repository."
+    return _needs(SHARED)
+
+
+@pytest.fixture(scope='session')
+def golden() -> Callable[[str], dict[str, np.ndarray]]:
+    "`golden('head')` loads the arrays of golden/head.npz."
+    def load(name: str) -> dict[str, np.ndarray]:
+        with np.load(_needs(SHARED / 'golden' / f'{name}.npz')) as f:
+            return dict(f)
+    return load

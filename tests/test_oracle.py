@@ -1,0 +1,257 @@
+"""The vectorised mathematics equals the loops of oracle.py on any small input.
+
+Prototypes die at random, so classes with one or no living prototype are common; so are void-only images and classes that
+occur nowhere. Features and prototypes lie on a coarse grid: exact hits and ties happen all the time.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor, nn
+
+from scaleprotoseg.heads import GroupHead, LinearHead, to_simplex
+from scaleprotoseg.losses import cross_entropy, diversity, group_entropy, off_class_l1
+from scaleprotoseg.metrics import class_iou, confusion, mean_iou, pixel_accuracy
+from scaleprotoseg.model import OUTPUTS, Model
+from scaleprotoseg.projection import Projection, duplicates, nearest_own_cell
+from scaleprotoseg.prototypes import Prototypes
+
+few = settings(max_examples=25, deadline=None)
+TOLERANCE = {torch.float32: {'rtol': 2e-5, 'atol': 1e-4}, torch.float64: {'rtol': 1e-10, 'atol': 1e-10}}
+
+
+def close(got: Tensor, want, **tolerance):
+    torch.testing.assert_close(got.detach().double(), torch.as_tensor(want, dtype=torch.float64),
+                               **tolerance or TOLERANCE[got.dtype])
+
+
+def double(x: Tensor) -> np.ndarray: return x.detach().double().numpy()
+
+
+@dataclass
+class Case:
+    "A random small problem."
+    features: Tensor   # (B, S, D, h, w)
+    labels: Tensor     # (B, h, w)
+    prototypes: Prototypes
+    linear: LinearHead
+    grouped: GroupHead
+
+    @property
+    def alive(self): return self.prototypes.alive
+
+    def model(self, head: nn.Module) -> Model: return Model(nn.Identity(), self.prototypes, head, 'none')
+
+
+@st.composite
+def cases(draw) -> Case:
+    size = lambda n: draw(st.integers(1, n))
+    B, S, C, K, D, G, h, w = map(size, (3, 3, 4, 3, 3, 3, 3, 4))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    classes = st.integers(-1, C - 1) if draw(st.booleans()) else st.sampled_from([-1, 0])
+    labels = draw(arrays(np.int64, (B, h, w), elements=classes, fill=st.just(-1)))
+    rng = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1)))
+    grid = lambda *shape: torch.from_numpy(rng.integers(0, 5, shape) / 4).to(dtype)
+    prototypes, linear, grouped = (m.to(dtype) for m in (Prototypes(S, C, K, D), LinearHead(S, C, K), GroupHead(S, C, K, G)))
+    prototypes.vectors.data = grid(S, C, K, D)
+    prototypes.kill_(~torch.from_numpy(draw(arrays(bool, (S, C, K)))))
+    for p in (linear.weight, grouped.last): p.data = torch.from_numpy(rng.normal(size=p.shape)).to(dtype)
+    grouped.weights.data = torch.from_numpy(rng.normal(size=grouped.weights.shape)).to(dtype)
+    grouped.project_(prototypes.alive)
+    if draw(st.booleans()): grouped.threshold_(0.3)
+    grouped.weights.data[~prototypes.alive.transpose(0, 1)[:, None].expand_as(grouped.weights)] = 5.   # must not count
+    return Case(grid(B, S, D, h, w), torch.from_numpy(labels), prototypes, linear, grouped)
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+@few
+@given(cases(), st.integers(1, 12))
+def test_scores_are_those_of_the_equations_in_any_chunks(case, chunk):
+    alive = case.alive.numpy()
+    d = oracle.distances(double(case.features), double(case.prototypes.vectors))
+    a = oracle.similarities(d)
+    u = oracle.groups(a, double(case.grouped.weights), alive)
+    want = {'distances': d, 'similarities': a}
+    heads = [(case.linear, {'logits': oracle.linear_logits(a, double(case.linear.weight), alive)}),
+             (case.grouped, {'groups': u, 'logits': oracle.grouped_logits(u, double(case.grouped.last))})]
+    for head, scores in heads:
+        model = case.model(head)
+        whole, pieces = model.score(case.features, OUTPUTS), model.score(case.features, OUTPUTS, chunk)
+        assert torch.equal(pieces.features, case.features)
+        for name, value in (want | scores).items():
+            # a logit is a sum of group activations up to 1e4 of either sign: errors are relative to those
+            scale = max(1., u.max()) if name == 'logits' and head is case.grouped else 1.
+            close(getattr(whole, name) / scale, value / scale)
+            close(getattr(pieces, name) / scale, value / scale)
+            assert getattr(whole, name).dtype == case.features.dtype
+        assert (whole.groups is None) == (pieces.groups is None) == (head is case.linear)
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+@few
+@given(cases())
+def test_losses_are_those_of_the_equations(case):
+    alive, labels = case.alive.numpy(), case.labels.numpy()
+    out = case.model(case.linear).score(case.features, ('distances',))
+    close(cross_entropy(out.logits, case.labels), oracle.cross_entropy(double(out.logits), labels))
+    close(diversity(out.distances, case.labels, case.alive), oracle.diversity(double(out.distances), labels, alive))
+    close(off_class_l1(case.linear.last, case.linear.evidence(case.alive)),
+          oracle.off_class_l1_linear(double(case.linear.weight), alive))
+    close(off_class_l1(case.grouped.last, case.grouped.evidence(case.alive)),
+          oracle.off_class_l1_groups(double(case.grouped.last), alive))
+    close(group_entropy(case.grouped.weights, case.alive), oracle.group_entropy(double(case.grouped.weights), alive))
+
+
+@few
+@given(cases(), st.sampled_from([1., 1e-3, 1e3]))
+def test_no_loss_or_gradient_is_ever_nan_and_the_dead_get_none(case, far):
+    features = (case.features * far).requires_grad_()
+    for head in (case.linear, case.grouped):
+        model = case.model(head).requires_grad_()
+        model.zero_grad()
+        out = model.score(features, ('distances',))
+        loss = cross_entropy(out.logits, case.labels) + diversity(out.distances, case.labels, case.alive)
+        loss = loss + off_class_l1(head.last, head.evidence(case.alive))
+        if head is case.grouped: loss = loss + group_entropy(head.weights, case.alive)
+        loss.backward()
+        assert loss.isfinite() and loss >= 0
+        assert all(p.grad.isfinite().all() for p in [features, *model.parameters()])
+        dead = ~case.alive
+        assert (case.prototypes.vectors.grad[dead] == 0).all()
+        if head is case.linear: assert (head.weight.grad[:, dead.transpose(0, 1)] == 0).all()
+        else: assert (head.weights.grad.transpose(0, 1)[:, dead.transpose(0, 1)] == 0).all()
+
+
+@few
+@given(cases())
+def test_losses_of_void_are_zero(case):
+    void, out = torch.full_like(case.labels, -1), case.model(case.linear).score(case.features, ('distances',))
+    assert cross_entropy(out.logits, void) == 0 and diversity(out.distances, void, case.alive) == 0
+
+
+@few
+@given(cases(), st.randoms(use_true_random=False))
+def test_what_the_dead_are_changes_nothing(case, random):
+    def everything():
+        outs = [case.model(head).score(case.features, ('distances', 'groups')) for head in (case.linear, case.grouped)]
+        return [outs[0].logits, outs[1].logits, outs[1].groups, diversity(outs[0].distances, case.labels, case.alive)]
+    before = everything()
+    for p in (case.prototypes.vectors, case.linear.weight.transpose(0, 1).transpose(1, 2)):
+        p.data[(~case.alive) if p is case.prototypes.vectors else (slice(None),) * 0 + (~case.alive.transpose(0, 1),)] \
+            = random.uniform(-3, 3)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything()))
+
+
+# -- the simplex ------------------------------------------------------------------------------------------------------
+
+@st.composite
+def rows(draw):
+    "(rows, n) values of one size or of very different sizes, some equal, and a mask of the entries that may live."
+    n, dtype = draw(st.integers(1, 8)), draw(st.sampled_from([np.float32, np.float64]))
+    large = draw(st.sampled_from([1e-3, 1., 30.] + [1e6] * (dtype is np.float64)))
+    elements = st.one_of(st.floats(-large, large, width=32), st.sampled_from([0., large]))
+    shape = (draw(st.integers(1, 4)), n)
+    return torch.from_numpy(draw(arrays(dtype, shape, elements=elements))), torch.from_numpy(draw(arrays(bool, shape)))
+
+
+@few
+@given(rows(), st.integers(0, 2 ** 32 - 1))
+def test_simplex_projection_is_the_nearest_living_point(rows, seed):
+    v, mask = rows
+    w, some = to_simplex(v, mask), mask.any(-1)
+    atol = {torch.float32: 1e-5, torch.float64: 1e-9}[v.dtype]
+    close(w, np.stack([oracle.simplex(a, m) for a, m in zip(double(v), mask.numpy())]), rtol=0, atol=atol)
+    assert (w >= 0).all() and (w[~mask] == 0).all()
+    close(w.sum(-1), some.double(), rtol=0, atol=atol)
+    close(to_simplex(w, mask), w.double(), rtol=0, atol=atol)                            # already there: stays
+    other = np.random.default_rng(seed).exponential(size=(20, *v.shape)) * mask.numpy()
+    other = other / np.maximum(other.sum(-1, keepdims=True), 1e-300)
+    gap = lambda p: (np.where(mask, double(v) - p, 0) ** 2).sum(-1)
+    assert (gap(double(w)) <= gap(other) * (1 + 1e-6) + 1e-6)[:, some.numpy()].all()     # no other point is nearer
+
+
+@few
+@given(rows(), st.floats(-50, 50))
+def test_simplex_projection_ignores_order_and_a_common_shift(rows, shift):
+    v, _ = rows
+    atol = {torch.float32: 1e-4, torch.float64: 1e-9}[v.dtype]
+    close(to_simplex(v.flip(-1)).flip(-1), double(to_simplex(v)), rtol=0, atol=atol)
+    close(to_simplex(v + shift), double(to_simplex(v)), rtol=0, atol=atol)
+
+
+# -- projection -------------------------------------------------------------------------------------------------------
+
+@few
+@given(cases())
+def test_every_prototype_goes_to_the_first_nearest_patch_of_its_class(case):
+    B, labels, alive = len(case.features), case.labels.numpy(), case.alive.clone()
+    start = case.prototypes.vectors.detach().clone()
+    d = oracle.distances(double(case.features), double(start))
+    distances, similarities = case.prototypes(case.features)
+    value, cell = nearest_own_cell(distances, case.labels)
+    projection = Projection(case.prototypes)
+    for i in range(B): projection.update(i, *(x[i:i + 1] for x in (case.features, distances, similarities, case.labels)))
+    counts = projection.apply_(case.prototypes)
+
+    want, absent = start.clone(), torch.zeros_like(alive)
+    for s, c, k in np.ndindex(alive.shape):
+        for b in range(B):
+            one = oracle.nearest(d[b:b + 1], labels[b:b + 1], c, s, k)
+            assert (value[b, s, c, k].item(), cell[b, s, c, k].item()) == (
+                (torch.inf, -1) if one is None else (one[0], one[2] * labels.shape[-1] + one[3]))
+        best = oracle.nearest(d, labels, c, s, k)
+        if not alive[s, c, k]: best = None
+        elif best is None: absent[s, c, k] = True
+        assert projection.image[s, c, k] == (-1 if best is None else best[1])
+        if best is not None:
+            assert projection.distance[s, c, k] == best[0] and projection.cell[s, c, k].tolist() == [*best[2:]]
+            want[s, c, k] = case.features[best[1], s, :, best[2], best[3]]
+    assert torch.equal(case.prototypes.vectors.detach(), want)
+    equal = torch.from_numpy(oracle.duplicates(want.numpy(), (alive & ~absent).numpy()))
+    assert torch.equal(duplicates(want, alive & ~absent), equal)
+    assert torch.equal(case.alive, alive & ~absent & ~equal)
+    assert counts == {'projected': int((alive & ~absent).sum()), 'absent': int(absent.sum()), 'duplicate': int(equal.sum())}
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+@st.composite
+def predictions(draw):
+    "Class maps and labels (n, h, w); the label maps use only some classes and void, the classes number."
+    C = draw(st.integers(2, 5))
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 5)))
+    used = draw(st.lists(st.integers(-1, C - 1), min_size=1))
+    return (draw(arrays(np.int64, shape, elements=st.integers(0, C - 1))),
+            draw(arrays(np.int64, shape, elements=st.sampled_from(used))), C)
+
+
+@few
+@given(predictions(), st.data())
+def test_miou_by_counting_pixels_and_for_any_batch_split(case, data):
+    p, t, C = case
+    counts = confusion(torch.from_numpy(p), torch.from_numpy(t), C)
+    want = oracle.class_iou(p, t, C)
+    got = class_iou(counts)
+    assert [None if x != x else x for x in got.tolist()] == want
+    occur = [x for x in want if x is not None]
+    assert mean_iou(counts) == sum(occur) / len(occur) if occur else np.isnan(mean_iou(counts))
+    valid = t >= 0
+    assert pixel_accuracy(counts) == (p == t)[valid].mean() if valid.any() else np.isnan(pixel_accuracy(counts))
+    at = data.draw(st.integers(0, len(p)))
+    split = sum(confusion(torch.from_numpy(a), torch.from_numpy(b), C) for a, b in ((p[:at], t[:at]), (p[at:], t[at:])))
+    assert torch.equal(split, counts)
+
+
+@few
+@given(predictions(), st.integers(0, 4))
+def test_void_pixels_do_not_change_miou(case, to):
+    p, t, C = case
+    other = np.where(t < 0, to % C, p)
+    a, b = (confusion(torch.from_numpy(x), torch.from_numpy(t), C) for x in (p, other))
+    assert torch.equal(a, b) and a.sum() == (t >= 0).sum()

@@ -1,0 +1,127 @@
+"""A run killed at any moment and run again ends with the numbers of an uninterrupted one."""
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from scaleprotoseg.model import read_tensors
+
+# Runs two stages; the fault is injected from outside, the package knows nothing of it.
+SCRIPT = '''
+import os, signal, sys
+from pathlib import Path
+import scaleprotoseg.model as model, scaleprotoseg.training as training
+fault, out = sys.argv[1], sys.argv[2]
+def die(): os.kill(os.getpid(), signal.SIGKILL)
+def nth(n, f, before):
+    count = [0]
+    def g(*a, **k):
+        count[0] += 1
+        if count[0] == n and before: die()
+        result = f(*a, **k)
+        if count[0] == n: die()
+        return result
+    return g
+training.SAVE_SECONDS = 0.                                    # a state after every step
+if fault == 'in a step': training.stage_losses = nth(5, training.stage_losses, False)          # third step of joint
+if fault == 'while saving weights':
+    replace = os.replace
+    def half(a, b):
+        if Path(b).name == 'head.safetensors' and Path(b).parent.name == 'joint': die()        # written, not renamed
+        replace(a, b)
+    os.replace = half
+if fault == 'while saving the state':
+    save = training.save_resume
+    def torn(path, *a):
+        if path.parent.name == 'joint' and path.is_file(): Path(str(path) + '.99.tmp').write_bytes(b'half'); die()
+        save(path, *a)
+    training.save_resume = torn
+if fault == 'between stages': training._finish = nth(1, training._finish, False)
+for stage in ('warmup', 'joint'): training.run_stage('smoke', 'protoseg', stage, out=out, device='cpu')
+'''
+
+
+def run(fault, out):
+    return subprocess.run([sys.executable, '-c', SCRIPT, fault, str(out)], capture_output=True, text=True)
+
+
+def facts(folder):
+    metrics = json.loads((folder / 'metrics.json').read_text())
+    rows = [{k: v for k, v in r.items()} for r in csv.DictReader(open(folder / 'log.csv'))]
+    return {k: v for k, v in metrics.items() if k not in ('memory_mb', 'seconds_training')}, rows
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+    from scaleprotoseg.training import run_stage
+    out = tmp_path_factory.mktemp('pretrained')
+    run_stage('smoke', 'pretrain', 'joint', out=out, device='cpu')
+    return out
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(pretrained, tmp_path_factory):
+    out = tmp_path_factory.mktemp('whole') / 'runs'
+    shutil.copytree(pretrained, out)
+    result = run('none', out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+@pytest.mark.parametrize('fault', ['in a step', 'while saving weights', 'while saving the state', 'between stages'])
+def test_killed_and_run_again_is_the_same_run(fault, pretrained, uninterrupted, tmp_path):
+    out = tmp_path / 'runs'
+    shutil.copytree(pretrained, out)
+    assert run(fault, out).returncode == -signal.SIGKILL
+    joint = out / 'smoke/protoseg/seed0/joint'
+    assert not (joint / 'metrics.json').exists(), 'a killed stage must not look finished'
+    again = run('none', out)
+    assert again.returncode == 0, again.stderr
+    for stage in ('warmup', 'joint'):
+        a, b = out / f'smoke/protoseg/seed0/{stage}', uninterrupted / f'smoke/protoseg/seed0/{stage}'
+        assert facts(a) == facts(b)
+        for name in ('backbone', 'head'):
+            x, y = read_tensors(a / f'{name}.safetensors'), read_tensors(b / f'{name}.safetensors')
+            assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), f'{stage} {name}'
+        assert not (a / 'resume.safetensors').exists()
+
+
+def test_asked_to_stop_it_saves_and_the_same_command_continues(pretrained, uninterrupted, tmp_path):
+    out = tmp_path / 'runs'
+    shutil.copytree(pretrained, out)
+    command = [sys.executable, '-m', 'scaleprotoseg.cli', 'run', 'smoke', 'protoseg', '--stage', 'warmup', '--out', str(out), '--device', 'cpu']
+    stopped = subprocess.run([*command, '--max-minutes', '1e-6'], capture_output=True, text=True)
+    assert stopped.returncode == 3 and 'after step 1 of 2; the same command continues it' in stopped.stderr
+    assert (out / 'smoke/protoseg/seed0/warmup/resume.safetensors').exists()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert facts(out / 'smoke/protoseg/seed0/warmup') == facts(uninterrupted / 'smoke/protoseg/seed0/warmup')
+
+
+def test_a_second_writer_waits_and_finds_the_work_done(pretrained, tmp_path):
+    out = tmp_path / 'runs'
+    shutil.copytree(pretrained, out)
+    command = [sys.executable, '-m', 'scaleprotoseg.cli', 'run', 'smoke', 'protoseg', '--stage', 'warmup', '--out', str(out), '--device', 'cpu']
+    with (tmp_path / 'log').open('w') as log:
+        both = [subprocess.Popen(command, stderr=log, stdout=log) for _ in range(2)]
+        assert [p.wait(120) for p in both] == [0, 0]
+    assert (tmp_path / 'log').read_text().count('seed 0 warmup: mIoU') == 1, 'trained once'
+
+
+def test_finished_work_of_another_recipe_is_neither_used_nor_overwritten(pretrained, tmp_path):
+    from dataclasses import replace
+    from scaleprotoseg import recipes
+    from scaleprotoseg.training import run_stage
+    old = recipes.RECIPES['smoke/pretrain']
+    stage = replace(old.stages[0], train=replace(old.stages[0].train, steps=4))
+    recipes.RECIPES['smoke/pretrain'] = replace(old, stages=(stage,))
+    try:
+        with pytest.raises(ValueError, match='another recipe'): run_stage('smoke', 'pretrain', 'joint', out=pretrained, device='cpu')
+    finally: recipes.RECIPES['smoke/pretrain'] = old

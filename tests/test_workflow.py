@@ -1,0 +1,82 @@
+"""The smoke graph, once as a user runs it and once with its parent killed."""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, '-m', 'scaleprotoseg.cli', 'reproduce', '--experiment', 'smoke', '--device', 'cpu']
+
+
+def checkout(folder):
+    """What the graph needs of a checkout; the package itself is installed."""
+    for name in ('Snakefile', 'nbs', 'data/published'):
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    return folder
+
+
+def environment():
+    return {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+
+
+def scores(folder):
+    return {str(p.relative_to(folder)): {k: v for k, v in json.loads(p.read_text()).items() if k not in ('memory_mb', 'seconds_training')}
+            for p in sorted(folder.glob('runs/smoke/*/seed0/*/metrics.json'))}
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    folder = checkout(tmp_path_factory.mktemp('whole'))
+    start = time.time()
+    done = subprocess.run(COMMAND, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert time.time() - start < 240, 'the smoke graph should take less than 4 minutes'
+    return folder
+
+
+def test_graph_makes_every_stage_and_an_offline_report(whole):
+    finished = scores(whole)
+    assert len(finished) == 1 + 1 + 1 + 4 + 7
+    page = (whole / 'figures/smoke/report.html').read_text()
+    assert 'data:image/png;base64' in page
+    assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', page), 'needs the network'
+    assert str(whole) not in page and str(ROOT) not in page, 'a path of a machine'
+
+
+def test_second_call_has_nothing_to_do(whole):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob('*') if p.is_file() and '.snakemake' not in p.parts}
+    done = subprocess.run(COMMAND, cwd=whole, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and 'Nothing to be done' in done.stdout + done.stderr
+    changed = [p for p in before if p.stat().st_mtime_ns != before[p] and p.name != '.lock']
+    assert not changed
+
+
+def test_a_changed_rule_text_does_not_train_again(whole):
+    text = (whole / 'Snakefile').read_text()
+    (whole / 'Snakefile').write_text(text.replace('scaleprotoseg run {EXPERIMENT}', 'scaleprotoseg run  {EXPERIMENT}'))
+    done = subprocess.run(COMMAND, cwd=whole, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and 'Nothing to be done' in done.stdout + done.stderr
+
+
+def test_killed_parent_then_the_same_command_ends_with_the_same_numbers(whole, tmp_path):
+    folder = checkout(tmp_path)
+    with (tmp_path / 'first.log').open('w') as log:
+        first = subprocess.Popen(COMMAND, cwd=folder, env=environment(), stdout=log, stderr=log)
+        deadline = time.time() + 120
+        while not list(folder.glob('runs/smoke/*/seed0/warmup/recipe.json')):
+            assert first.poll() is None and time.time() < deadline, (tmp_path / 'first.log').read_text()[-3000:]
+            time.sleep(0.05)
+        first.send_signal(signal.SIGKILL)       # only the parent: the training job goes on writing
+        first.wait()
+    again = subprocess.run(COMMAND, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-6000:]
+    assert scores(folder) == scores(whole)
