@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from scaleprotoseg.recipes import find_recipe, recipes_of
-from scaleprotoseg.report import paper_notebooks
+from scaleprotoseg.report import notebook_parameters, paper_notebooks
 
 EXPERIMENT = config.get("experiment", "demo")
 DATA_ROOT = config.get("data_root", "")
@@ -62,7 +62,7 @@ rule read:
     output:
         f"figures/{EXPERIMENT}/{{paper}}.ipynb",
     params:
-        data=f"-p data_root={DATA_ROOT}" if DATA_ROOT else "",
+        data=lambda w, input: f"-p data_root={DATA_ROOT}" if DATA_ROOT and "data_root" in notebook_parameters(input.notebook) else "",
     shell:
         "scaleprotoseg notebook {input.notebook} {output} -p experiment={EXPERIMENT} {params.data}"
 

@@ -109,7 +109,8 @@ def notebook(source: Path, target: Path,
              parameter: Annotated[list[str], typer.Option('-p', help='name=value, value as JSON or plain text.')] = []):  # noqa: B006
     "Run a parameterised notebook; unknown parameters and wrong types are errors."
     from scaleprotoseg.report import run_notebook
-    run_notebook(source, target, dict(_parameter(p) for p in parameter))
+    try: run_notebook(source, target, dict(_parameter(p) for p in parameter))
+    except TypeError as e: raise ValueError(str(e)) from e      # a parameter of a wrong type
 
 def _parameter(text):
     name, equals, value = text.partition('=')

@@ -148,7 +148,7 @@ def _opened(path: str | Path, expected: str) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as im: yield im
     except PermissionError: raise
-    except (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as e:
+    except (OSError, EOFError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError) as e:
         raise ValueError(f'cannot read {path}: {e} (expected {expected}). The file is damaged or not an image; '
                          'copy or download it again.') from e
 
@@ -343,7 +343,7 @@ def _check_em_files(files: list[tuple[Path, Path, int]]):
 class EM:
     "ISBI 2012 EM. File value 0 is class `membrane`, 255 `cell`; no void. Splits: train (20), val (10), all (30)."
     labels = Labels(('membrane', 'cell'), ((0, 114, 178), (230, 159, 0)))
-    mapping = {0: 0, 255: 1}
+    mapping: ClassVar[dict[int, int]] = {0: 0, 255: 1}   # file value -> class
 
     def __init__(self, split: str, root: str | Path | None = None,
                  split_seed: int = 42):  # of the hold-out

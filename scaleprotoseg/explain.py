@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -148,7 +149,7 @@ def group_members(model: Model, atlas: Atlas, cls: int) -> list[Group]:
 # %% ../nbs/13_explain.ipynb #cell-26
 def scale_usage(model: Model) -> Tensor:  # (C, S), rows sum to 1; 0 for a class without weights
     "Share of each class's group weight that lies on prototypes of each scale."
-    if evidence_kind(model) != 'groups': raise ValueError('scale usage is about group weights; this model has none')
+    if evidence_kind(model) != 'groups': raise ValueError('this model has no groups, so no weight to share')
     used = (model.head.weights.detach() * model.prototypes.alive.transpose(0, 1)[:, None]).sum((1, 3))
     return used / used.sum(1, keepdim=True).clamp_min(torch.finfo(used.dtype).tiny)
 
@@ -230,7 +231,7 @@ def plot_assignment(image: Tensor | np.ndarray,      # (3, H, W) float in [0, 1]
                     ax: Axes | None = None) -> Axes:
     "Which evidence is strongest where: colours over the greyed picture, with those that occur in the legend."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(3.4, 2.8))[1]
+    ax = ax or plt.subplots(figsize=(3.5, 3), layout='constrained')[1]
     picture = as_picture(image)
     H, W = picture.shape[:2]
     assigned = cv2.resize(np.asarray(assigned).astype(np.int32), (W, H), interpolation=cv2.INTER_NEAREST_EXACT)
@@ -242,8 +243,8 @@ def plot_assignment(image: Tensor | np.ndarray,      # (3, H, W) float in [0, 1]
     ax.set_axis_off()
     ax.set_title(title, fontsize=9, pad=3)
     here = np.unique(assigned[inside])
-    below = dict(loc='upper center', bbox_to_anchor=(0.5, -0.04))
-    if len(here): _legend(ax, [names[i] for i in here], colors[here], 3, **below)
+    if len(here):
+        _legend(ax, [names[i] for i in here], colors[here], 3, loc='upper center', bbox_to_anchor=(0.5, -0.04))
     return ax
 
 # %% ../nbs/13_explain.ipynb #cell-36
@@ -328,11 +329,11 @@ def plot_group_graph(groups: Sequence[Group], atlas: Atlas, labels: Labels,
     scales = scales or [f's{s + 1}' for s in range(1 + max((s for s, _ in keys), default=0))]
     ys = {key: (i + 0.5) * n / len(keys) for i, key in enumerate(keys)}
     rows = [(i + 0.5) * n / len(groups) for i in range(len(groups))]
-    _node(ax, 0.62, n / 2, labels.names[cls], own, 1.24)
+    _node(ax, 0.62, n / 2, textwrap.fill(labels.names[cls], 10), own, 1.24)
     strongest = max(abs(g.last) for g in groups) or 1
     for g, y, color in zip(groups, rows, colors):
         _edge(ax, (1.24, n / 2), (2.1, y), color, abs(g.last) / strongest)
-        facts = f'$w$ = {g.last:.2f}' if g.members else 'empty'
+        facts = f'w = {g.last:.2f}'.replace('-', '−') if g.members else 'empty'
         _node(ax, 2.68, y, f'group {g.index + 1}\n{facts}', color, 1.16, 0.72)
         for m in g.members: _edge(ax, (3.26, y), (4.46, ys[m.scale, m.k]), color, m.weight)
     for (s, k), y in ys.items():

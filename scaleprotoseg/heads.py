@@ -61,9 +61,9 @@ def to_simplex(v: Tensor,                   # (..., n)
     u = x.sort(-1, descending=True).values
     excess = u.cumsum(-1) - 1                                             # -inf from the first masked entry on
     rank = torch.arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
-    rho = ((u * rank > excess) & u.isfinite()).sum(-1, keepdim=True)
+    rho = (u * rank > excess).sum(-1, keepdim=True)                       # never a masked one: -inf > -inf is false
     theta = excess.gather(-1, (rho - 1).clamp_min(0)) / rho
-    return torch.where(mask & (rho > 0), x - theta, 0.).clamp_min(0)
+    return torch.where(mask, x - theta, 0.).clamp_min(0)
 
 # %% ../nbs/05_heads.ipynb #cell-19
 def group_activations(similarities: Tensor,  # (B, S, C, K, h, w)

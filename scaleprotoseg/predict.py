@@ -19,7 +19,7 @@ from torch import Tensor
 from .data import Labels, image_to_tensor, read_image
 from .explain import (Atlas, as_picture, evidence_kind, evidence_maps, evidence_names,
                                    evidence_weights, overlay, read_atlas, scale_names)
-from .model import Model, Output, load_model, read_config
+from .model import POSITIONS, Model, Output, load_model, read_config
 from .projection import Source
 from .recipes import RECIPES
 from .runs import is_finished
@@ -33,13 +33,13 @@ __all__ = ['resolve_run', 'last_stage', 'to_image', 'cell_weights', 'as_region',
 
 # %% ../nbs/14_predict.ipynb #cell-07
 def resolve_run(path: str | Path) -> Path:
-    "The folder `path`; a relative one also in the nearest folder above that has it. FileNotFoundError if there is none."
+    "The folder `path`; a relative one also in the nearest folder above that has it. FileNotFoundError if none."
     path, here = Path(path).expanduser(), Path.cwd()
     if path.is_dir(): return path
     for base in here.parents:
         if (base / path).is_dir(): return base / path
     where = '' if path.is_absolute() else f', neither in {here} nor above it'
-    raise FileNotFoundError(f'no run at {path}{where}; train one, for example with `scaleprotoseg run demo scaleprotoseg`')
+    raise FileNotFoundError(f'no run at {path}{where}; train one, e.g. with `scaleprotoseg run demo scaleprotoseg`')
 
 def _stages(folder: Path) -> list[Path]:
     "Folders of stages in the folder of a method and seed, oldest result first."
@@ -47,7 +47,7 @@ def _stages(folder: Path) -> list[Path]:
     return sorted(stages, key=lambda p: (p / 'metrics.json').stat().st_mtime if is_finished(p) else 0)
 
 def last_stage(folder: str | Path) -> Path:
-    """The finished stage that stands for a run: `folder` itself, or the last on its recipe's main line, else the newest.
+    """The finished stage that stands for a run: `folder`, or the last on its recipe's main line, else the newest.
 
     Raises FileNotFoundError if `folder` is missing, is no run, or has no finished stage; each says what to do."""
     folder = resolve_run(folder)
@@ -177,7 +177,6 @@ class Explanation:
         return plot_explanation(self, most, width)
 
 # %% ../nbs/14_predict.ipynb #cell-23
-_POSITIONS = 1 << 16   # positions scored at once: bounds memory, changes no number
 _SMALLEST = 16         # pixels: a U-Net halves the image four times
 
 @dataclass
@@ -202,7 +201,7 @@ class Predictor:
     @torch.no_grad()
     def predict(self, image: str | Path | Image.Image | np.ndarray | Tensor) -> np.ndarray:
         "Class map (H, W) int64 in 0..C-1, of the picture's own size; pictures and errors as in `to_image`."
-        return self.model.segment(self._batch(image), chunk=_POSITIONS)[0].cpu().numpy()
+        return self.model.segment(self._batch(image), chunk=POSITIONS)[0].cpu().numpy()
 
     @torch.no_grad()
     def explain(self, image: str | Path | Image.Image | np.ndarray | Tensor,
@@ -215,7 +214,7 @@ class Predictor:
         kind = evidence_kind(self.model)
         if self.atlas is None: self.atlas = read_atlas(self.folder)
         x = self._batch(image)
-        out, size = self.model(x, {kind, 'similarities'}, _POSITIONS), x.shape[2:]
+        out, size = self.model(x, {kind, 'similarities'}, POSITIONS), x.shape[2:]
         def why(region, cls, point=None):
             return explain_region(self.model, out, as_picture(x[0]), region, self.atlas, self.labels, cls, point)
         if at is not None:
@@ -235,11 +234,11 @@ class Predictor:
 def explain_region(model: Model, out: Output, image: np.ndarray, region: np.ndarray, atlas: Atlas, labels: Labels,
                    cls: int | None = None, at: tuple[int, int] | None = None) -> Explanation:
     "Explanation of a region (H, W) bool, from the output of one image with `similarities`, and `groups` if any."
-    cells = cell_weights(region, out.logits.shape[-2:]).to(out.logits.device)
-    mean = lambda maps: (maps[0].double() * cells).sum((-2, -1)).cpu()           # linear: the sum property survives
+    cells = cell_weights(region, out.logits.shape[-2:]).double()
+    mean = lambda maps: (maps[0].cpu().double() * cells).sum((-2, -1))           # linear: the sum property survives
     scores, similarities, heat = mean(out.logits), mean(out.similarities), evidence_maps(out)[0].float().cpu().numpy()
     cls = int(scores.argmax()) if cls is None else cls
-    activations, last = mean(evidence_maps(out)), evidence_weights(model)[cls].double().cpu()
+    activations, last = mean(evidence_maps(out)), evidence_weights(model)[cls].cpu().double()
     exists = model.head.evidence(model.prototypes.alive).flatten(1)
     names, members = evidence_names(model), _members(model, similarities, atlas)
     evidence = [Evidence(c, e, f'{labels.names[c]} {names[e]}', float(activations[c, e]), float(last[c, e]),
@@ -279,11 +278,13 @@ def load(run_dir: str | Path,   # a finished stage, or runs/EXPERIMENT/METHOD/se
 # %% ../nbs/14_predict.ipynb #cell-29
 def _signed(x: float) -> str: return f'{x:+.3g}'.replace('-', '−') if abs(x) < 1000 else f'{x:+.0f}'.replace('-', '−')
 
-def _bars(ax, why: Explanation, most: int = 7):
-    "Bar per largest contribution, the rest in one, the logit below."
+def _bars(ax, why: Explanation, most: int = 6):
+    "Bar per largest contribution, what else speaks for and against the class in one each, the logit below."
     shown, rest = why.evidence[:most], why.evidence[most:]
     rows = [(e.name, e.contribution, np.asarray(why.labels.colors[e.cls]) / 255) for e in shown]
-    if rest: rows.append((f'{len(rest)} others', sum(e.contribution for e in rest), (0.75,) * 3))
+    for word, values in (('for', [e.contribution for e in rest if e.contribution >= 0]),
+                         ('against', [e.contribution for e in rest if e.contribution < 0])):
+        if values: rows.append((f'{len(values)} others {word}', sum(values), (0.75,) * 3))
     rows.append(('logit', why.logit, (0.2,) * 3))
     for y, (_, value, color) in enumerate(rows): ax.barh(y, value, color=color, height=0.72)
     reach = max(abs(v) for _, v, _ in rows) or 1
@@ -345,9 +346,10 @@ def _ring(ax, why, size):
         ax.plot(why.at[1], why.at[0], 'o', ms=size, mfc='none', mec=color, mew=line)
 
 def _heat(ax, why, e):
+    weight = f'{e.weight:.2f}'.replace('-', '−')
     ax.imshow(overlay(why.image, e.heat))
     _ring(ax, why, 6)
-    ax.set_title(f'{e.name}\n{e.activation:.3g} × {e.weight:.2f} = {_signed(e.contribution)}', fontsize=8, pad=4)
+    ax.set_title(f'{e.name}\n{e.activation:.3g} × {weight} = {_signed(e.contribution)}', fontsize=8, pad=4)
     ax.set_axis_off()
 
 def _patch(ax, part, grouped):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TILE', 'TILES_PER_ROW', 'nearest_own_cell', 'Projection', 'duplicates', 'cell_box', 'activation_box', 'Source',
-           'patch', 'trace', 'trace_one', 'save_sheet', 'load_sheet']
+           'square', 'tile', 'trace', 'trace_one', 'save_sheet', 'load_sheet']
 
 # %% ../nbs/08_projection.ipynb #cell-02
 from dataclasses import asdict, dataclass
@@ -133,22 +133,27 @@ class Source:
     distance: float                   # squared L2 between prototype and feature, before the move
     cell_box: tuple[int, int, int, int]  # y0, y1, x0, x1 in the image
     box: tuple[int, int, int, int]    # high-activation box, y0, y1, x0, x1
-    coverage: float                   # share of `box` whose label is the prototype's class
+    patch: tuple[int, int, int, int]  # the square around `box` that the tile shows, y0, y1, x0, x1
+    coverage: float                   # share of `patch` whose label is the prototype's class
     tile: int                         # position on the sheet of patches, row by row
 
 TILE = 64         # pixels per side of a tile
 TILES_PER_ROW = 32
 
 # %% ../nbs/08_projection.ipynb #cell-19
-def patch(image: np.ndarray, box: tuple[int, int, int, int], side: int = TILE) -> np.ndarray:
-    "The smallest square around `box`, moved inside the image (H, W, 3) uint8, as a tile (side, side, 3)."
+def square(box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    "The smallest square around a box y0, y1, x0, x1, moved inside the image of size (H, W)."
     y0, y1, x0, x1 = box
-    H, W = image.shape[:2]
-    n = min(max(y1 - y0, x1 - x0), H, W)
-    top, left = (min(max((a + b - n) // 2, 0), m - n) for a, b, m in ((y0, y1, H), (x0, x1, W)))
-    return cv2.resize(image[top:top + n, left:left + n], (side, side), interpolation=cv2.INTER_AREA if n > side else cv2.INTER_CUBIC)
+    n = min(max(y1 - y0, x1 - x0), *size)
+    top, left = (min(max((a + b - n) // 2, 0), m - n) for a, b, m in ((y0, y1, size[0]), (x0, x1, size[1])))
+    return top, top + n, left, left + n
 
-# %% ../nbs/08_projection.ipynb #cell-20
+def tile(pixels: np.ndarray,  # (n, n, 3) uint8
+        ) -> np.ndarray:      # (TILE, TILE, 3) uint8
+    "A square of pixels at the size of the sheet's tiles."
+    return cv2.resize(pixels, (TILE, TILE), interpolation=cv2.INTER_AREA if len(pixels) > TILE else cv2.INTER_CUBIC)
+
+# %% ../nbs/08_projection.ipynb #cell-21
 def trace(projection: Projection, dataset) -> tuple[list[Source], np.ndarray]:
     "Sources of all projected prototypes, and their tiles (n, TILE, TILE, 3) uint8; reads each winning image once."
     keys = sorted(projection.maps, key=lambda k: (int(projection.image[k]), k))
@@ -156,22 +161,24 @@ def trace(projection: Projection, dataset) -> tuple[list[Source], np.ndarray]:
     for key in keys:
         i = int(projection.image[key])
         if current[0] != i: current = (i, dataset[i])
-        source, tile = trace_one(projection, key, current[1], len(tiles))
-        sources.append(source); tiles.append(tile)
+        source, pixels = trace_one(projection, key, current[1], len(tiles))
+        sources.append(source)
+        tiles.append(pixels)
     return sources, np.stack(tiles) if tiles else np.zeros((0, TILE, TILE, 3), np.uint8)
 
-def trace_one(projection: Projection, key: tuple[int, int, int], sample: Sample, tile: int) -> tuple[Source, np.ndarray]:
+def trace_one(projection: Projection, key: tuple[int, int, int], sample: Sample, number: int) -> tuple[Source, np.ndarray]:
     "Source and tile of one prototype in its winning image."
     s, c, k = key
     own, similarity = sample.label.numpy() == c, projection.maps[key]
     cell = tuple(projection.cell[key].tolist())
     box = activation_box(similarity, own, cell)
-    rgb = (sample.image.permute(1, 2, 0) * 255).round().byte().numpy()
+    y0, y1, x0, x1 = shown = square(box, own.shape)
+    rgb = (sample.image[:, y0:y1, x0:x1].permute(1, 2, 0) * 255).round().byte().numpy()
     source = Source(s, c, k, sample.id, cell, similarity.shape, own.shape, float(projection.distance[key]),
-                    cell_box(cell, similarity.shape, own.shape), box, float(own[box[0]:box[1], box[2]:box[3]].mean()), tile)
-    return source, patch(rgb, box)
+                    cell_box(cell, similarity.shape, own.shape), box, shown, float(own[y0:y1, x0:x1].mean()), number)
+    return source, tile(rgb)
 
-# %% ../nbs/08_projection.ipynb #cell-21
+# %% ../nbs/08_projection.ipynb #cell-22
 def save_sheet(tiles: np.ndarray, path: Path):
     "All tiles on one losslessly compressed webp sheet, `TILES_PER_ROW` a row."
     rows = max(1, -(-len(tiles) // TILES_PER_ROW))

@@ -199,7 +199,7 @@ add_recipes(*partscapes_recipes(
 
 add_recipes(*partscapes_recipes(
     'demo', size=(128, 192), crop=(96, 128), images=dict(train=200, push=200, val=64, pretrain=400), batch=8, channels=32,
-    steps=dict(pretrain=320, warmup=20, joint=100, finetune=60, group_warmup=40, group_joint=200),
+    steps=dict(pretrain=320, warmup=20, joint=100, finetune=100, group_warmup=50, group_joint=1500),
     per_class=dict(protoseg=10, scaleprotoseg=3), views=2))
 
 # %% ../nbs/10_recipes.ipynb #cell-21

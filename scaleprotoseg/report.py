@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from .data import Dataset, Labels, Sample, lookup, open_dataset
 from .heads import GroupHead
 from .model import Model, replace_file
 from .recipes import Recipe, experiments, recipes_of
-from .runs import is_finished, read_metrics, run_folder
+from .runs import from_root, is_finished, read_metrics, run_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,8 +39,8 @@ __all__ = ['COLUMNS', 'PUBLISHED_DATA', 'STEPS', 'METHOD_NAMES', 'PAPER_NOTEBOOK
            'read_title', 'build_report']
 
 # %% ../nbs/15_report.ipynb #cell-05
-COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average', 'steps',
-           'seconds', 'memory_mb', 'cuda_mb', 'device', 'commit', 'recipe', 'finished', 'data')
+COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
+           'steps', 'seconds', 'memory_mb', 'cuda_mb', 'device', 'commit', 'recipe', 'finished', 'data')
 
 def collect(runs: str | Path,  # folder of all runs
             experiment: str,
@@ -90,11 +91,13 @@ def published(name: str,                              # e.g. scaleprotoseg_table
              ) -> pd.DataFrame:                       # text columns are '' and numbers NaN where empty
     "A published table. FileNotFoundError without the folder, KeyError (with the nearest name) for an unknown table."
     import pandas as pd
-    folder = Path(folder)
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder} does not exist (expected the published tables); run this from the root of the repository')
-    table = pd.read_csv(lookup({p.stem: p for p in folder.glob('*.csv')}, name, 'published table'))
-    text = [c for c in table if c not in ('value', 'std')]
-    return table.assign(**{c: table[c].fillna('').astype(str) for c in text})
+    folder = from_root(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder} does not exist (expected the published tables as csv files); run this in '
+                                'a checkout of the repository')
+    path = lookup({p.stem: p for p in folder.glob('*.csv')}, name, 'published table')
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    return table.assign(**{c: pd.to_numeric(table[c]) for c in ('value', 'std')})
 
 # %% ../nbs/15_report.ipynb #cell-15
 PUBLISHED_DATA = {   # dataset -> published data to show beside it, and whether that is the same data
@@ -105,12 +108,13 @@ PUBLISHED_DATA = {   # dataset -> published data to show beside it, and whether 
 
 def compare(ours: Mapping,     # miou, std, runs
             theirs: Mapping,   # value, std; empty if the papers have no such number
-            data: str,         # what theirs was measured on
+            data: str | None,  # what theirs was measured on
             same_data: bool, same_schedule: bool = True,
-           ) -> dict:          # published, published_std, difference, verdict, published_data; None where there is none
+           ) -> dict:          # published, published_std, published_data, difference, verdict; None where there is none
     "Columns that set a published score beside ours."
-    row = {'published': theirs.get('value'), 'published_std': theirs.get('std'), 'difference': None, 'verdict': None,
-           'published_data': data and data + ('' if same_data else ' (other data)')}
+    row = {'published': theirs.get('value'), 'published_std': theirs.get('std'),
+           'published_data': data + ('' if same_data else ' (other data)') if theirs else None,
+           'difference': None, 'verdict': None}
     if not ours['runs']: return row | {'verdict': 'not run'}
     if row['published'] is None or not same_data: return row
     difference = ours['miou'] - row['published']
@@ -122,12 +126,13 @@ def compare(ours: Mapping,     # miou, std, runs
 def summarise(frame: pd.DataFrame,  # of `collect`
               recipe: Recipe, stage: str,
              ) -> dict:
-    "Mean and sample standard deviation of a stage's mIoU over its seeds, and its mean number of prototypes; None where there is none."
+    "Mean and sample standard deviation of a stage's mIoU over seeds, mean number of prototypes; None if there is none."
     at = frame[(frame.method == recipe.method) & (frame.variant == recipe.variant) & (frame.stage == stage)]
     scores = at.miou.tolist()
     counts = at.active.fillna(at.alive).dropna().astype(float).tolist()
-    return {'miou': statistics.fmean(scores) if scores else None, 'std': statistics.stdev(scores) if len(scores) > 1 else None,
-            'runs': len(scores), 'prototypes': whole(statistics.fmean(counts)) if counts else None}
+    return {'miou': statistics.fmean(scores) if scores else None,
+            'std': statistics.stdev(scores) if len(scores) > 1 else None, 'runs': len(scores),
+            'prototypes': whole(statistics.fmean(counts)) if counts else None}
 
 def whole(x: float) -> int | float:
     "A mean of counts: an integer if it is one."
@@ -160,13 +165,15 @@ def accuracy_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame
         ours = summarise(frame, r, r.last.name)
         for ref in _references(r):
             theirs = find_published(reference, method=r.method, data=ref['data'] or '')
-            rows.append({'method': r.method, 'variant': r.variant, 'stage': r.last.name, **ours, **compare(ours, theirs, **ref)})
+            rows.append({'method': r.method, 'variant': r.variant, 'stage': r.last.name, **ours,
+                         **compare(ours, theirs, **ref)})
     return pd.DataFrame(rows, dtype=object).drop(columns='prototypes')
 
 # %% ../nbs/15_report.ipynb #cell-25
 STEPS = (   # method, our stage, step of Table 2
     ('protoseg', 'project', ''), ('protoseg', 'finetune', 'project'), ('protoseg', 'prune_finetune', 'pruned'),
-    ('scaleprotoseg', 'project', ''), ('scaleprotoseg', 'finetune', 'project'), ('scaleprotoseg', 'threshold', 'grouped'))
+    ('scaleprotoseg', 'project', ''), ('scaleprotoseg', 'finetune', 'project'),
+    ('scaleprotoseg', 'threshold', 'grouped'))
 
 def steps_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -> pd.DataFrame:
     "Living (after grouping: used) prototypes and mIoU after each step (ScaleProtoSeg, Table 2)."
@@ -177,9 +184,9 @@ def steps_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -
         ours, ref = summarise(frame, recipes[method], stage), _references(recipes[method])[0]
         where = {'method': method, 'step': step or 'none', 'data': ref['data'] or ''}
         counted = find_published(reference, 'prototypes', **where).get('value')
-        rows.append({'method': method, 'variant': '', 'stage': stage, 'published_step': step, 'prototypes': ours.pop('prototypes'),
-                     'published_prototypes': whole(counted) if counted else None, **ours,
-                     **compare(ours, find_published(reference, **where), **ref)})
+        rows.append({'method': method, 'variant': '', 'stage': stage, 'published_step': step,
+                     'prototypes': ours.pop('prototypes'), 'published_prototypes': whole(counted) if counted else None,
+                     **ours, **compare(ours, find_published(reference, **where), **ref)})
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../nbs/15_report.ipynb #cell-29
@@ -197,9 +204,10 @@ def save_table(table: pd.DataFrame,
     path, text = Path(path), shown(table)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [list(text), ['---'] * len(text.columns), *text.values.tolist()]
-    markdown = '\n'.join('| ' + ' | '.join(x.replace('|', r'\|') for x in line) + ' |' for line in lines)
+    rows = ['| ' + ' | '.join(x.replace('|', r'\|') for x in line) + ' |' for line in lines]
+    markdown = '\n'.join([' '.join(caption.split()), '', *rows, ''])
     replace_file(_with_ending(path, '.csv'), lambda p: text.to_csv(p, index=False, lineterminator='\n'))
-    replace_file(_with_ending(path, '.md'), lambda p: p.write_text(f'{" ".join(caption.split())}\n\n{markdown}\n', encoding='utf-8'))
+    replace_file(_with_ending(path, '.md'), lambda p: p.write_text(markdown, encoding='utf-8'))
     return text
 
 def _with_ending(path: Path, ending: str) -> Path: return path.with_name(path.name + ending)
@@ -212,9 +220,10 @@ def save_figure(fig: Figure,
     "Write `path.png` (with the caption as its description) and `path.pdf`."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {'png': {'Description': ' '.join(caption.split()), 'Software': None}, 'pdf': {'CreationDate': None, 'Creator': None, 'Producer': None}}
+    facts = {'png': {'Description': ' '.join(caption.split()), 'Software': None},
+             'pdf': {'CreationDate': None, 'Creator': None, 'Producer': None}}
     for kind, metadata in facts.items():
-        write = partial(fig.savefig, format=kind, dpi=150, bbox_inches='tight', metadata=metadata)
+        write = partial(fig.savefig, format=kind, dpi=120, bbox_inches='tight', metadata=metadata)
         replace_file(_with_ending(path, f'.{kind}'), write)
     return _with_ending(path, '.png')
 
@@ -225,7 +234,7 @@ def provenance_text(frame: pd.DataFrame) -> str:
     def values(column): return sorted({str(v) for v in frame[column].dropna()})
     commits = [c[:10] + ('-dirty' if c.endswith('-dirty') else '') for c in values('commit')]
     finished = values('finished')
-    parts = [('seeds ' if frame.seed.nunique() > 1 else 'seed ') + ', '.join(values('seed')), *values('data'), *values('device')]
+    parts = [f'seed{"s" * (frame.seed.nunique() > 1)} {", ".join(values("seed"))}', *values('data'), *values('device')]
     if commits: parts.append('commit ' + ', '.join(dict.fromkeys(commits)))
     if values('recipe'): parts.append('recipes ' + ', '.join(values('recipe')))
     if total := frame.seconds.dropna().sum(): parts.append(f'{duration(total)} of computing')
@@ -249,7 +258,7 @@ def last_runs(frame: pd.DataFrame, recipes: Iterable[Recipe], seed: int) -> pd.D
     return frame[[key in keys for key in zip(frame.method, frame.variant, frame.stage, frame.seed)]]
 
 # %% ../nbs/15_report.ipynb #cell-36
-METHOD_NAMES = {'deeplabv2': 'DeepLabv2', 'unet': 'U-Net', 'linear': 'linear', 'protoseg': 'ProtoSeg', 'scaleprotoseg': 'ScaleProtoSeg'}
+METHOD_NAMES = {'deeplabv2': 'DeepLabv2', 'unet': 'U-Net', 'protoseg': 'ProtoSeg', 'scaleprotoseg': 'ScaleProtoSeg'}
 
 def open_split(recipe: Recipe, role: str,  # train, push or val
                data_root: str | Path = ''  # '' where the dataset's default will do
@@ -263,8 +272,11 @@ def used_prototypes(model: Model) -> Tensor:  # (S, C, K) bool
     alive = model.prototypes.alive
     return alive & (model.head.weights > 0).any(1).transpose(0, 1) if isinstance(model.head, GroupHead) else alive
 
-def busiest_classes(model: Model, n: int = 1, first: str = '', names: Iterable[str] = ()) -> list[int]:
-    "The `n` classes whose groups use most prototypes, the class called `first` before all others; ties keep the order of the classes."
+def busiest_classes(model: Model, n: int = 1,
+                    first: str = '',            # a class that comes before all others
+                    names: Iterable[str] = (),  # of the classes; needed for `first`
+                   ) -> list[int]:
+    "The `n` classes that use most prototypes; ties keep the order of the classes, classes that use none are left out."
     counts = used_prototypes(model).sum((0, 2)).tolist()
     order = sorted((c for c, used in enumerate(counts) if used), key=lambda c: -counts[c])
     if first:
@@ -281,17 +293,19 @@ def plot_comparison(samples: list[Sample],
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
     titles, (h, w) = ['image', 'truth', *predictions], samples[0].label.shape
-    fig, axes = plt.subplots(len(samples), len(titles), squeeze=False, layout='constrained',
-                             figsize=(width, len(samples) * width / len(titles) * h / w + 0.7))
+    size = (width, len(samples) * width / len(titles) * h / w + 0.7)
+    fig, axes = plt.subplots(len(samples), len(titles), squeeze=False, layout='constrained', figsize=size)
     for i, s in enumerate(samples):
         maps = [s.label, *(p[i].where(s.label >= 0, -1) for p in predictions.values())]
-        for ax, picture in zip(axes[i], [s.image.permute(1, 2, 0), *map(labels.colorize, maps)]):
+        for ax, picture in zip(axes[i], [s.image.permute(1, 2, 0).numpy(), *map(labels.colorize, maps)]):
             ax.imshow(picture, interpolation='nearest')
             ax.set_axis_off()
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=10)
-    here = sorted({c for maps in ([s.label for s in samples], *predictions.values()) for m in maps for c in m.unique().tolist() if c >= 0})
-    patches = [Patch(facecolor=[v / 255 for v in labels.colors[c]], edgecolor='0.3', label=labels.names[c]) for c in here]
-    fig.legend(handles=patches, loc='outside lower center', ncols=min(10, len(here)), frameon=False, fontsize=9, handlelength=1)
+    shown = [m for maps in ([s.label for s in samples], *predictions.values()) for m in maps]
+    here = sorted({c for m in shown for c in m.unique().tolist() if c >= 0})
+    rgb = [[v / 255 for v in labels.colors[c]] for c in here]
+    fig.legend([Patch(facecolor=c, edgecolor='0.3') for c in rgb], [labels.names[c] for c in here], frameon=False,
+               loc='outside lower center', ncols=min(10, len(here)), fontsize=9, handlelength=1)
     return fig
 
 # %% ../nbs/15_report.ipynb #cell-41
@@ -302,7 +316,8 @@ def notebook_parameters(notebook: str | Path) -> dict[str, dict]:
     import papermill
     cells = _read_notebook(Path(notebook))['cells']
     if not any('parameters' in c['metadata'].get('tags', ()) for c in cells):
-        raise ValueError(f'{notebook} has no cell tagged `parameters`; tag the cell with the defaults (its metadata: "tags": ["parameters"])')
+        raise ValueError(f'{notebook} has no cell tagged `parameters`; tag the cell with the defaults '
+                         '(in its metadata: "tags": ["parameters"])')
     return {name: {'type': p['inferred_type_name'], 'default': p['default'], 'help': p['help']}
             for name, p in papermill.inspect_notebook(str(notebook)).items()}
 
@@ -327,7 +342,8 @@ class NotebookFailed(ValueError):
 def run_notebook(source: str | Path, target: str | Path, parameters: Mapping) -> Path:  # target
     """Run a parameterised notebook in the current directory and write the executed one to `target`.
 
-    Errors: those of `check_parameters`, and `NotebookFailed` naming the cell; `target` is then left as it was."""
+    Raises what `check_parameters` raises, and `NotebookFailed` with the cell and its error; `target` stays as it was.
+    """
     import nbformat
     check_parameters(source, parameters)
     target, notebook = Path(target), _execute(Path(source), dict(parameters))
@@ -337,17 +353,24 @@ def run_notebook(source: str | Path, target: str | Path, parameters: Mapping) ->
     replace_file(target, lambda p: p.write_text(nbformat.writes(clean) + '\n', encoding='utf-8'))
     return target
 
-def _execute(source: Path, parameters: dict, attempts: int = 2):
-    "The executed notebook; a kernel that does not start gets a second chance."
+def _execute(source: Path, parameters: dict, transports: tuple[str, ...] = ('ipc', 'tcp')):
+    """The executed notebook; a kernel that does not start gets a second chance.
+
+    Sockets in files are tried first: kernels that start at the same time may choose the same TCP port."""
     import papermill
     from nbclient.exceptions import DeadKernelError
-    try: return papermill.execute_notebook(str(source), None, parameters, kernel_name='python3', progress_bar=False)
+    from traitlets.config import Config
+    if os.name != 'posix': transports = ('tcp', 'tcp')
+    config = Config({'KernelManager': {'transport': transports[0]}})
+    try:
+        return papermill.execute_notebook(str(source), None, parameters, kernel_name='python3', progress_bar=False,
+                                          config=config)
     except papermill.PapermillExecutionError as e:
         raise NotebookFailed(f'{source}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
-    except RuntimeError as e:
-        if isinstance(e, DeadKernelError) or not str(e).startswith('Kernel') or attempts < 2: raise
-        print(f'{source}: {e}; trying again', file=sys.stderr)
-        return _execute(source, parameters, attempts - 1)
+    except (RuntimeError, OSError) as e:
+        if isinstance(e, DeadKernelError) or len(transports) < 2: raise
+        print(f'{source}: the kernel did not start ({e}); trying again', file=sys.stderr)
+        return _execute(source, parameters, transports[1:])
 
 # %% ../nbs/15_report.ipynb #cell-45
 def without_machine_paths(x, roots: Iterable[tuple[str, str]] | None = None):
@@ -363,7 +386,8 @@ def without_machine_paths(x, roots: Iterable[tuple[str, str]] | None = None):
 def _machine_roots():
     "What to replace by what, the longest first; a root as short as `/` is not replaced."
     package = Path(__file__).parents[1] if '__file__' in globals() else Path.cwd()
-    roots = {Path.cwd(): '', package: ''} | {Path(p): '…/' for p in (sys.prefix, sys.base_prefix, Path.home(), tempfile.gettempdir())}
+    elsewhere = (sys.prefix, sys.base_prefix, Path.home(), tempfile.gettempdir())
+    roots = {Path.cwd(): '', package: ''} | {Path(p): '…/' for p in elsewhere}
     pairs = {f'{p}/': short for q, short in roots.items() for p in (q, q.resolve()) if len(p.parts) > 1}
     for root in sorted(pairs, key=len, reverse=True):
         yield root, pairs[root]
@@ -399,23 +423,29 @@ def main_table(experiment: str) -> str:
 # %% ../nbs/15_report.ipynb #cell-51
 _STYLE = '''
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff; max-width: 68rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; }
-h1, h2, h3 { line-height: 1.25; } h2 { margin-top: 3rem; border-bottom: 2px solid #0072b2; padding-bottom: .2rem; } h3 { margin-top: 2rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff;
+       max-width: 68rem; margin: 0 auto; padding: 1rem 1.2rem 4rem; }
+h1, h2, h3 { line-height: 1.25; } h3 { margin-top: 2rem; }
+h2 { margin-top: 3rem; border-bottom: 2px solid #0072b2; padding-bottom: .2rem; }
 .wide { overflow-x: auto; margin: .8rem 0; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #d8dee6; }
 th { background: #eef3f8; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; }
+.figures { display: flex; flex-wrap: wrap; gap: 0 1.5rem; }
+figure { margin: 1rem 0; width: fit-content; max-width: 100%; } img { max-width: 100%; height: auto; }
 figcaption, .caption { color: #55606e; font-size: .85rem; max-width: 60rem; overflow-wrap: anywhere; }
+figcaption { contain: inline-size; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dt { color: #55606e; } dd { margin: 0; }
 nav a { margin-right: 1rem; } summary { cursor: pointer; } .missing { color: #9a4a00; }
-@media (max-width: 40rem) { body { padding: .6rem .7rem 3rem; font-size: 15px; } dl { grid-template-columns: 1fr; } dt { margin-top: .5rem; } }
+@media (max-width: 40rem) {
+  body { padding: .6rem .7rem 3rem; font-size: 15px; } dl { grid-template-columns: 1fr; } dt { margin-top: .5rem; }
+}
 '''
 
 def _html_table(rows: list[list[str]]) -> str:  # the first row is the head
     def line(cells, tag): return '<tr>' + ''.join(f'<{tag}>{escape(str(c))}</{tag}>' for c in cells) + '</tr>'
-    head = line([str(c).replace('_', ' ') for c in rows[0]], 'th')
-    return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(line(r, "td") for r in rows[1:])}</tbody></table></div>'
+    head, body = line([str(c).replace('_', ' ') for c in rows[0]], 'th'), ''.join(line(r, 'td') for r in rows[1:])
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 def _html_frame(table: pd.DataFrame) -> str: return _html_table([list(table), *shown(table).values.tolist()])
 
@@ -432,9 +462,9 @@ def _read_picture(path: Path) -> str:
     "Html of a picture saved by `save_figure`, embedded, and its caption."
     from PIL import Image
     with Image.open(path) as im: caption, (w, h) = im.info.get('Description', ''), im.size
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><img alt="{escape(caption or path.stem)}" width="{2 * w // 3}" height="{2 * h // 3}" src="data:image/png;base64,{data}">'
-            f'<figcaption>{escape(caption)}</figcaption></figure>')
+    source = 'data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode()
+    image = f'<img alt="{escape(caption or path.stem)}" width="{3 * w // 4}" height="{3 * h // 4}" src="{source}">'
+    return f'<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>'
 
 def read_title(notebook: Path) -> tuple[str, str]:
     "The heading of a notebook and the quoted line below it."
@@ -449,42 +479,54 @@ def _belongs(path: Path, name: str) -> bool: return path.stem == name or path.st
 def _section(folder: Path, name: str) -> str:
     "Html of what one notebook left behind."
     notebook = folder / f'{name}.ipynb'
-    if not notebook.is_file(): return f'<h3>{escape(name)}</h3><p class="missing">Not built: {escape(notebook.name)} has not been run.</p>'
+    if not notebook.is_file(): return f'<h3>{name}</h3><p class="missing">Not built: {name}.ipynb has not been run.</p>'
     title, promise = read_title(notebook)
     tables = [_read_table(p) for p in sorted(folder.glob('*.csv')) if _belongs(p, name)]
     pictures = [_read_picture(p) for p in sorted(folder.glob('*.png')) if _belongs(p, name)]
-    return f'<h3>{escape(title)}</h3><p>{escape(promise)}</p>' + ''.join(tables + pictures)
+    figures = f'<div class="figures">{"".join(pictures)}</div>'
+    return f'<h3>{escape(title)}</h3><p>{escape(promise)}</p>{"".join(tables)}{figures}'
 
-def _papers(folder: Path, experiment: str) -> str:
+_PAPERS = {'scaleprotoseg': 'ScaleProtoSeg', 'protoseg': 'ProtoSeg', 'prototype_view': 'A prototype view'}
+
+def _papers(experiment: str) -> dict[str, str]:
+    "Title of each paper that an experiment has notebooks of."
+    return {p: escape(_PAPERS.get(p, p)) for p, _ in paper_notebooks(experiment)}
+
+def _sections(folder: Path, experiment: str) -> str:
     names = paper_notebooks(experiment)
-    return ''.join(f'<h2 id="{p}">{escape(_PAPERS.get(p, p))}</h2>' + ''.join(_section(folder / p, n) for q, n in names if q == p)
-                   for p in dict.fromkeys(p for p, _ in names))
-
-_PAPERS = {'scaleprotoseg': 'ScaleProtoSeg', 'protoseg': 'ProtoSeg', 'prototype_view': 'Rethinking semantic segmentation: a prototype view'}
+    return ''.join(f'<h2 id="{p}">{title}</h2>' + ''.join(_section(folder / p, n) for q, n in names if q == p)
+                   for p, title in _papers(experiment).items())
 
 # %% ../nbs/15_report.ipynb #cell-54
-def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -> str:
-    "Html: what was run, time, memory, main table."
+def _what_was_run(frame: pd.DataFrame, experiment: str) -> dict[str, str]:
+    "Methods, time, memory and provenance of an experiment, as text."
     methods = [r.name.split('/')[1] for r in _recipes(experiment)]
     done = {f'{m}-{v}' if v else m for m, v in zip(frame.method, frame.variant)}
-    peaks = [f'{where} {frame[c].max():.0f} MB' for where, c in (('process', 'memory_mb'), ('accelerator', 'cuda_mb')) if frame[c].notna().any()]
-    facts = {'Methods': ', '.join(m for m in methods if m in done), 'Not run': ', '.join(m for m in methods if m not in done),
+    memory = {'process': frame.memory_mb.max(), 'accelerator': frame.cuda_mb.max()}
+    peaks = [f'{where} {mb:.0f} MB' for where, mb in memory.items() if mb > 0]     # NaN is not > 0
+    return {'Methods': ', '.join(m for m in methods if m in done),
+             'Not run': ', '.join(m for m in methods if m not in done),
              'Stages': f'{len(frame)} finished, {duration(frame.seconds.dropna().sum())} in total',
              'Peak memory': ', '.join(peaks),
              'Provenance': provenance_text(frame.assign(recipe=None))}
+
+def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -> str:
+    "Html: what was run, and the main table."
+    facts = _what_was_run(frame, experiment)
     table = accuracy_table(frame, experiment, reference)
     return ('<dl>' + ''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in facts.items() if v) + '</dl>'
             + _html_frame(table[[c for c in table if c not in ('variant', 'published_std')]])
-            + f'<p class="caption">mIoU in percent of the last stage of each method, beside {escape(reference.source.iloc[0])}. '
-            + 'Other data are not comparable: no difference, no verdict.</p>')
+            + '<p class="caption">mIoU in percent of the last stage of each method, beside '
+            + f'{escape(reference.source.iloc[0])}. Other data are not comparable: no difference, no verdict.</p>')
 
 def _appendix(frame: pd.DataFrame, experiment: str) -> str:
     "Html: every run and every recipe, folded."
-    columns = ['method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'active', 'seconds', 'memory_mb', 'device', 'recipe', 'finished']
-    runs = frame[columns].assign(**{c: frame[c].astype('Int64') for c in ('alive', 'active', 'memory_mb')})
+    runs = frame[[c for c in COLUMNS if c not in ('total', 'group_average', 'steps', 'cuda_mb', 'commit', 'data')]]
+    runs = runs.assign(**{c: frame[c].astype('Int64') for c in ('alive', 'active', 'memory_mb')})
     recipes = ''.join(f'<h3>{escape(r.name)}</h3>' + _html_table(_cells(r.table())) for r in _recipes(experiment))
-    return ('<h2 id="runs">Runs and recipes</h2><details><summary>Every finished stage</summary>' + _html_frame(runs) + '</details>'
-            + '<details><summary>Every recipe</summary>' + recipes + '</details>')
+    return ('<h2 id="runs">Runs and recipes</h2>'
+            f'<details><summary>Every finished stage</summary>{_html_frame(runs)}</details>'
+            f'<details><summary>Every recipe</summary>{recipes}</details>')
 
 def _cells(markdown: str) -> list[list[str]]:
     lines = [[c.strip() for c in line.strip('| ').split('|')] for line in markdown.splitlines() if line.startswith('|')]
@@ -494,15 +536,20 @@ def _cells(markdown: str) -> list[list[str]]:
 def build_report(experiment: str, figures: str | Path = 'figures', runs: str | Path = 'runs',
                  folder: str | Path = 'data/published',  # of the published tables
                 ) -> Path:
-    "Write `<figures>/<experiment>/report.html`, one page that holds everything. FileNotFoundError if nothing was run."
+    "Write `<figures>/<experiment>/report.html`, one page that holds everything, and `summary.md`. FileNotFoundError if nothing was run."
     frame, out = collect(runs, experiment), Path(figures) / experiment
-    if not len(frame): raise FileNotFoundError(f'no finished stage of {experiment} in {runs}; run `scaleprotoseg reproduce --experiment {experiment}`')
-    papers = dict.fromkeys(p for p, _ in paper_notebooks(experiment))
-    links = ''.join(f'<a href="#{p}">{escape(_PAPERS.get(p, p))}</a>' for p in papers) + '<a href="#runs">Runs and recipes</a>'
-    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<title>scaleprotoseg: {escape(experiment)}</title><style>{_STYLE}</style></head><body>'
-            f'<h1>Experiment {escape(experiment)}</h1>{_summary(frame, experiment, published(main_table(experiment), folder))}'
-            f'<nav>{links}</nav>{_papers(out, experiment)}{_appendix(frame, experiment)}</body></html>\n')
+    if not len(frame):
+        raise FileNotFoundError(f'no finished stage of {experiment} in {runs}; run `scaleprotoseg reproduce '
+                                f'--experiment {experiment}`')
+    parts = {**_papers(experiment), 'runs': 'Runs and recipes'}
+    links = ''.join(f'<a href="#{p}">{title}</a>' for p, title in parts.items())
+    summary = _summary(frame, experiment, published(main_table(experiment), folder))
+    page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>scaleprotoseg: {experiment}</title>'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
+            f'<h1>Experiment {experiment}</h1>{summary}<nav>{links}</nav>'
+            f'{_sections(out, experiment)}{_appendix(frame, experiment)}</body></html>\n')
     out.mkdir(parents=True, exist_ok=True)
+    lines = ''.join(f'- {k}: {v}\n' for k, v in _what_was_run(frame, experiment).items() if v)
+    replace_file(out / 'summary.md', lambda p: p.write_text(lines, encoding='utf-8'))
     replace_file(out / 'report.html', lambda p: p.write_text(page, encoding='utf-8'))
     return out / 'report.html'

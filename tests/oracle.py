@@ -38,7 +38,7 @@ def linear_logits(a, weight, alive):
 
 
 def groups(a, weights, alive):
-    "(B, S, C, K, h, w), (C, G, S, K), (S, C, K) -> (B, C, G, h, w): a geometric mean of ratios, 0 for a class without any"
+    "(B, S, C, K, h, w), (C, G, S, K), (S, C, K) -> (B, C, G, h, w): geometric means of ratios, 0 for an empty class"
     B, _, C, _, h, w = a.shape
     out = np.zeros((B, C, weights.shape[1], h, w))
     for b, c, g, y, x in np.ndindex(out.shape):

@@ -1,6 +1,6 @@
 """Against numbers that the papers' own programs computed (their README gives formulas and tolerances), in float64.
 
-There, prototypes are rows ordered scale, class, k and label 0 is void; here, they are dense (S, C, K, D) and void is -1.
+There, prototypes are rows ordered scale, class, k and label 0 is void; here, they are (S, C, K, D) and void is -1.
 """
 import numpy as np
 import pytest
@@ -217,7 +217,7 @@ def test_simplex(golden):
     close(got[rest], want[rest], atol=1e-12)
     close(got[million], want[million], atol=1e-9)
     close(to_simplex(torch.from_numpy(g['input_n1'])), g['output_n1'])
-    close(2 * to_simplex(torch.from_numpy(g['input_z2']) / 2), g['output_z2'], atol=1e-12)   # sum 2 is a matter of units
+    close(2 * to_simplex(torch.from_numpy(g['input_z2']) / 2), g['output_z2'], atol=1e-12)   # sum 2: a matter of units
     close(to_simplex(torch.from_numpy(g['input_f32'])), g['output_f32'], atol=1e-6)
 
 

@@ -1,12 +1,13 @@
 """The vectorised mathematics equals the loops of oracle.py on any small input.
 
-Prototypes die at random, so classes with one or no living prototype are common; so are void-only images and classes that
-occur nowhere. Features and prototypes lie on a coarse grid: exact hits and ties happen all the time.
+Prototypes die at random, so classes with one or no living prototype are common; so are void-only images and classes
+that occur nowhere. Features and prototypes lie on a grid: exact hits and ties happen all the time.
 """
 from dataclasses import dataclass
 
 import numpy as np
 import oracle
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from scaleprotoseg.model import OUTPUTS, Model
 from scaleprotoseg.projection import Projection, duplicates, nearest_own_cell
 from scaleprotoseg.prototypes import Prototypes
 
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=60, deadline=None)
 TOLERANCE = {torch.float32: {'rtol': 2e-5, 'atol': 1e-4}, torch.float64: {'rtol': 1e-10, 'atol': 1e-10}}
 
 
@@ -55,8 +56,10 @@ def cases(draw) -> Case:
     classes = st.integers(-1, C - 1) if draw(st.booleans()) else st.sampled_from([-1, 0])
     labels = draw(arrays(np.int64, (B, h, w), elements=classes, fill=st.just(-1)))
     rng = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1)))
-    grid = lambda *shape: torch.from_numpy(rng.integers(0, 5, shape) / 4).to(dtype)
-    prototypes, linear, grouped = (m.to(dtype) for m in (Prototypes(S, C, K, D), LinearHead(S, C, K), GroupHead(S, C, K, G)))
+    steps = draw(st.sampled_from([4, 64]))     # coarse: ties; fine: exact in single, not in half precision
+    grid = lambda *shape: torch.from_numpy(rng.integers(0, steps + 1, shape) / steps).to(dtype)
+    modules = Prototypes(S, C, K, D), LinearHead(S, C, K), GroupHead(S, C, K, G)
+    prototypes, linear, grouped = (m.to(dtype) for m in modules)
     prototypes.vectors.data = grid(S, C, K, D)
     prototypes.kill_(~torch.from_numpy(draw(arrays(bool, (S, C, K)))))
     for p in (linear.weight, grouped.last): p.data = torch.from_numpy(rng.normal(size=p.shape)).to(dtype)
@@ -120,7 +123,7 @@ def test_no_loss_or_gradient_is_ever_nan_and_the_dead_get_none(case, far):
         loss = loss + off_class_l1(head.last, head.evidence(case.alive))
         if head is case.grouped: loss = loss + group_entropy(head.weights, case.alive)
         loss.backward()
-        assert loss.isfinite() and loss >= 0
+        assert loss.isfinite() and loss > -1e-4      # the entropy's 1e-5 inside the logarithm
         assert all(p.grad.isfinite().all() for p in [features, *model.parameters()])
         dead = ~case.alive
         assert (case.prototypes.vectors.grad[dead] == 0).all()
@@ -136,15 +139,19 @@ def test_losses_of_void_are_zero(case):
 
 
 @few
-@given(cases(), st.randoms(use_true_random=False))
-def test_what_the_dead_are_changes_nothing(case, random):
+@given(cases(), st.floats(-3, 3))
+def test_what_the_dead_say_changes_nothing(case, rubbish):
+    linear, grouped, alive = case.linear, case.grouped, case.alive
     def everything():
-        outs = [case.model(head).score(case.features, ('distances', 'groups')) for head in (case.linear, case.grouped)]
-        return [outs[0].logits, outs[1].logits, outs[1].groups, diversity(outs[0].distances, case.labels, case.alive)]
-    before = everything()
-    for p in (case.prototypes.vectors, case.linear.weight.transpose(0, 1).transpose(1, 2)):
-        p.data[(~case.alive) if p is case.prototypes.vectors else (slice(None),) * 0 + (~case.alive.transpose(0, 1),)] \
-            = random.uniform(-3, 3)
+        a, b = (case.model(head).score(case.features, ('distances', 'groups')) for head in (linear, grouped))
+        return [a.logits, b.logits, b.groups,
+                diversity(a.distances, case.labels, alive), group_entropy(grouped.weights, alive),
+                *(off_class_l1(head.last, head.evidence(alive)) for head in (linear, grouped))]
+    before, dead = everything(), ~alive.transpose(0, 1)                              # (C, S, K)
+    case.prototypes.vectors.data[~alive] = rubbish
+    linear.weight.data[:, dead] = rubbish
+    grouped.weights.data.transpose(0, 1)[:, dead] = rubbish
+    grouped.last.data[:, ~grouped.evidence(alive)] = rubbish
     assert all(torch.equal(a, b) for a, b in zip(before, everything()))
 
 
@@ -152,12 +159,13 @@ def test_what_the_dead_are_changes_nothing(case, random):
 
 @st.composite
 def rows(draw):
-    "(rows, n) values of one size or of very different sizes, some equal, and a mask of the entries that may live."
-    n, dtype = draw(st.integers(1, 8)), draw(st.sampled_from([np.float32, np.float64]))
-    large = draw(st.sampled_from([1e-3, 1., 30.] + [1e6] * (dtype is np.float64)))
-    elements = st.one_of(st.floats(-large, large, width=32), st.sampled_from([0., large]))
-    shape = (draw(st.integers(1, 4)), n)
-    return torch.from_numpy(draw(arrays(dtype, shape, elements=elements))), torch.from_numpy(draw(arrays(bool, shape)))
+    "(20, n) values of any size, in some draws with many ties, and a mask of the entries that may live."
+    n, dtype = draw(st.integers(1, 12)), draw(st.sampled_from([torch.float32, torch.float64]))
+    size = draw(st.sampled_from([1e-3, 0.3, 1., 30.] + [1e6] * (dtype is torch.float64)))
+    rng = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1)))
+    v = rng.normal(size=(20, n)) * size
+    if draw(st.booleans()): v = np.round(v, 1)
+    return torch.from_numpy(v).to(dtype), torch.from_numpy(rng.random((20, n)) < draw(st.sampled_from([0.2, 0.8, 1.])))
 
 
 @few
@@ -185,6 +193,11 @@ def test_simplex_projection_ignores_order_and_a_common_shift(rows, shift):
     close(to_simplex(v + shift), double(to_simplex(v)), rtol=0, atol=atol)
 
 
+def test_a_diverged_weight_is_not_hidden_by_the_simplex():
+    v = torch.tensor([[1., torch.nan], [torch.inf, 1.], [1., 2.]])
+    assert to_simplex(v).isnan().any(-1).tolist() == [True, True, False]
+
+
 # -- projection -------------------------------------------------------------------------------------------------------
 
 @few
@@ -196,7 +209,8 @@ def test_every_prototype_goes_to_the_first_nearest_patch_of_its_class(case):
     distances, similarities = case.prototypes(case.features)
     value, cell = nearest_own_cell(distances, case.labels)
     projection = Projection(case.prototypes)
-    for i in range(B): projection.update(i, *(x[i:i + 1] for x in (case.features, distances, similarities, case.labels)))
+    stream = case.features, distances, similarities, case.labels
+    for i in range(B): projection.update(i, *(x[i:i + 1] for x in stream))
     counts = projection.apply_(case.prototypes)
 
     want, absent = start.clone(), torch.zeros_like(alive)
@@ -216,7 +230,8 @@ def test_every_prototype_goes_to_the_first_nearest_patch_of_its_class(case):
     equal = torch.from_numpy(oracle.duplicates(want.numpy(), (alive & ~absent).numpy()))
     assert torch.equal(duplicates(want, alive & ~absent), equal)
     assert torch.equal(case.alive, alive & ~absent & ~equal)
-    assert counts == {'projected': int((alive & ~absent).sum()), 'absent': int(absent.sum()), 'duplicate': int(equal.sum())}
+    assert [counts[k] for k in ('projected', 'absent', 'duplicate')] == [
+        (alive & ~absent).sum(), absent.sum(), equal.sum()]
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
@@ -238,11 +253,13 @@ def test_miou_by_counting_pixels_and_for_any_batch_split(case, data):
     counts = confusion(torch.from_numpy(p), torch.from_numpy(t), C)
     want = oracle.class_iou(p, t, C)
     got = class_iou(counts)
-    assert [None if x != x else x for x in got.tolist()] == want
+    assert [None if np.isnan(x) else x for x in got.tolist()] == want
     occur = [x for x in want if x is not None]
-    assert mean_iou(counts) == sum(occur) / len(occur) if occur else np.isnan(mean_iou(counts))
+    mean = sum(occur) / len(occur) if occur else np.nan
+    assert mean_iou(counts) == pytest.approx(mean, rel=1e-12, nan_ok=True)        # sums may differ in the last bit
     valid = t >= 0
-    assert pixel_accuracy(counts) == (p == t)[valid].mean() if valid.any() else np.isnan(pixel_accuracy(counts))
+    accuracy = (p == t)[valid].mean() if valid.any() else np.nan
+    assert pixel_accuracy(counts) == pytest.approx(accuracy, rel=1e-12, nan_ok=True)
     at = data.draw(st.integers(0, len(p)))
     split = sum(confusion(torch.from_numpy(a), torch.from_numpy(b), C) for a, b in ((p[:at], t[:at]), (p[at:], t[at:])))
     assert torch.equal(split, counts)

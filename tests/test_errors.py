@@ -1,0 +1,152 @@
+"""Bad input gets one clear line that names the file or value, before training starts, and nothing is left half done."""
+import shutil
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scaleprotoseg import cli, recipes, runs
+from scaleprotoseg.training import run_stage
+
+
+def call(monkeypatch, capsys, *arguments):
+    """Exit code and error text of the command line."""
+    monkeypatch.setattr(sys, 'argv', ['scaleprotoseg', *map(str, arguments)])
+    with pytest.raises(SystemExit) as e: cli.main()
+    return e.value.code, capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+    out = tmp_path_factory.mktemp('pretrained')
+    run_stage('smoke', 'pretrain', 'joint', out=out, device='cpu')
+    return out
+
+
+@pytest.mark.parametrize('arguments, expected', [
+    (('run', 'dem', 'protoseg'), "unknown experiment 'dem'; did you mean 'demo'?"),
+    (('run', 'demo', 'protseg'), "did you mean 'protoseg'?"),
+    (('run', 'demo', 'protoseg', '--stage', 'proyect'), "did you mean 'project'?"),
+    (('list', 'smok'), "did you mean 'smoke'?"),
+    (('check', 'em-quik'), "did you mean 'em-quick'?"),
+])
+def test_unknown_names_suggest_the_nearest(monkeypatch, capsys, arguments, expected):
+    code, text = call(monkeypatch, capsys, *arguments)
+    assert code == 2 and expected in text and len(text.strip().splitlines()) == 1
+
+
+def test_a_stage_whose_parent_is_missing_says_which(monkeypatch, capsys, tmp_path):
+    code, text = call(monkeypatch, capsys, 'run', 'smoke', 'protoseg', '--out', tmp_path, '--device', 'cpu')
+    assert code == 2 and 'pretrain' in text and 'not finished' in text
+
+
+def test_missing_dataset_prints_the_expected_tree(monkeypatch, capsys, tmp_path):
+    code, text = call(monkeypatch, capsys, 'run', 'em-quick', 'unet', '--data-root', tmp_path, '--out', tmp_path / 'runs', '--device', 'cpu')
+    assert code == 2 and 'train-volume.tif' in text and 'images' in text
+    assert not list((tmp_path / 'runs').rglob('log.csv'))
+
+
+def em(folder, labels=lambda i: np.zeros((512, 512), np.uint8)):
+    """A miniature of the folder layout with arbitrary labels."""
+    for kind in ('images', 'labels'): (folder / kind).mkdir(parents=True)
+    for i in range(30):
+        Image.fromarray(np.full((512, 512), 100, np.uint8)).save(folder / 'images' / f'{i:02d}.png')
+        Image.fromarray(labels(i)).save(folder / 'labels' / f'{i:02d}.png')
+    return folder
+
+
+@pytest.mark.parametrize('labels, expected', [
+    (lambda i: np.full((512, 512), 7 if i == 3 else 0, np.uint8), ('03.png', '7')),
+    (lambda i: np.zeros((512, 500) if i == 3 else (512, 512), np.uint8), ('03.png', '500')),
+])
+def test_a_bad_label_is_found_before_training(monkeypatch, capsys, tmp_path, labels, expected):
+    code, text = call(monkeypatch, capsys, 'run', 'em-quick', 'unet', '--data-root', em(tmp_path / 'em', labels), '--out', tmp_path / 'runs', '--device', 'cpu')
+    assert code == 2 and all(x in text for x in expected)
+    assert not list((tmp_path / 'runs').rglob('log.csv')), 'training had not started'
+
+
+def test_an_unreadable_image_is_named(monkeypatch, capsys, tmp_path):
+    folder = em(tmp_path / 'em')
+    path = folder / 'images' / '05.png'
+    path.write_bytes(path.read_bytes()[:200])
+    code, text = call(monkeypatch, capsys, 'run', 'em-quick', 'unet', '--data-root', folder, '--out', tmp_path / 'runs', '--device', 'cpu')
+    assert code == 2 and '05.png' in text
+
+
+def test_no_disk_space_is_said_before_anything_is_written(monkeypatch, tmp_path):
+    usage = namedtuple('usage', 'total used free')
+    monkeypatch.setattr(runs.shutil, 'disk_usage', lambda p: usage(10, 10, 1000))
+    with pytest.raises(OSError, match='not enough disk space'): run_stage('smoke', 'pretrain', 'joint', out=tmp_path, device='cpu')
+    assert not list(tmp_path.rglob('*.safetensors')) and not list(tmp_path.rglob('metrics.json'))
+
+
+@pytest.mark.parametrize('damage, expected', [
+    (lambda p: p.write_bytes(p.read_bytes()[:1000]), 'not a complete safetensors file'),
+    (lambda p: p.unlink(), 'no weights'),
+])
+def test_a_damaged_parent_is_named(pretrained, tmp_path, damage, expected):
+    out = tmp_path / 'runs'
+    shutil.copytree(pretrained, out)
+    damage(out / 'smoke/pretrain/seed0/joint/backbone.safetensors')
+    with pytest.raises((ValueError, FileNotFoundError), match=expected) as e:
+        run_stage('smoke', 'protoseg', 'warmup', out=out, device='cpu')
+    assert 'backbone.safetensors' in str(e.value)
+    assert not (out / 'smoke/protoseg/seed0/warmup/metrics.json').exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(pretrained, tmp_path):
+    out = tmp_path / 'runs'
+    shutil.copytree(pretrained, out)
+    run_stage('smoke', 'protoseg', 'warmup', out=out, device='cpu')
+    old = recipes.RECIPES['smoke/linear']
+    run_stage('smoke', 'linear', 'joint', out=out, device='cpu')
+    shutil.copy(out / old.name / 'seed0/joint/head.safetensors', out / 'smoke/protoseg/seed0/warmup/head.safetensors')
+    with pytest.raises(ValueError, match='another architecture'): run_stage('smoke', 'protoseg', 'joint', out=out, device='cpu')
+
+
+def test_an_empty_split_is_an_error(tmp_path, monkeypatch):
+    from scaleprotoseg import data, training
+    class Nothing:
+        labels, ids = data.Labels(('a', 'b'), ((0, 0, 0), (1, 1, 1))), []
+        def __init__(self, split, root=None): pass
+        def __len__(self): return 0
+        def __getitem__(self, i): raise IndexError(i)
+    monkeypatch.setitem(data.DATASETS, 'nothing', Nothing)
+    smoke = recipes.RECIPES['smoke/pretrain']
+    empty = replace(smoke, method='empty', data=replace(smoke.data, dataset='nothing', splits={'train': {'split': 'train'}, 'val': {'split': 'val'}}))
+    monkeypatch.setitem(recipes.RECIPES, empty.name, empty)
+    with pytest.raises(ValueError, match='train split of smoke/empty has no images'): training.run_stage('smoke', 'empty', 'joint', out=tmp_path, device='cpu')
+
+
+@pytest.mark.parametrize('options', [{'device': 'tpuu'}, {'device': 'cpu', 'precision': '31'}])
+def test_a_wrong_device_or_precision_is_said(options, tmp_path):
+    with pytest.raises(ValueError, match='cannot use device'): run_stage('smoke', 'pretrain', 'joint', out=tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_here_is_not_replaced_in_silence(tmp_path):
+    if torch.cuda.is_available(): pytest.skip('this machine has CUDA')
+    with pytest.raises(ValueError, match='cuda'): run_stage('smoke', 'pretrain', 'joint', out=tmp_path, device='cuda')
+
+
+def test_a_notebook_parameter_that_does_not_exist(monkeypatch, capsys, tmp_path):
+    notebook = Path(__file__).parents[1] / 'nbs/stages/train.ipynb'
+    code, text = call(monkeypatch, capsys, 'notebook', notebook, tmp_path / 'x.ipynb', '-p', 'seeed=1')
+    assert code == 2 and 'seeed' in text and 'seed' in text and not (tmp_path / 'x.ipynb').exists()
+    code, text = call(monkeypatch, capsys, 'notebook', notebook, tmp_path / 'x.ipynb', '-p', 'seed=two')
+    assert code == 2 and 'seed' in text and 'int' in text
+
+
+def test_predict_names_the_picture_and_the_run(monkeypatch, capsys, pretrained, tmp_path):
+    run = pretrained / 'smoke/pretrain/seed0/joint'
+    assert 'nowhere.jpg' in call(monkeypatch, capsys, 'predict', run, tmp_path / 'nowhere.jpg')[1]
+    assert 'nothing-here' in call(monkeypatch, capsys, 'predict', tmp_path / 'nothing-here', tmp_path / 'x.jpg')[1]
+    picture = tmp_path / 'a.png'
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
+    code, text = call(monkeypatch, capsys, 'explain', run, picture, '--at', 3, 4)
+    assert code == 2 and 'prototype' in text, 'a black box has nothing to explain with'
