@@ -97,7 +97,7 @@ def test_killed_and_run_again_is_the_same_run(fault, pretrained, uninterrupted, 
 def test_asked_to_stop_it_saves_and_the_same_command_continues(pretrained, uninterrupted, tmp_path):
     out = tmp_path / 'runs'
     shutil.copytree(pretrained, out)
-    command = [sys.executable, '-m', 'scaleprotoseg.cli', 'run', 'smoke', 'protoseg', '--stage', 'warmup', '--out', str(out), '--device', 'cpu']
+    command = [sys.executable, '-m', 'scaleprotoseg', 'run', 'smoke', 'protoseg', '--stage', 'warmup', '--out', str(out), '--device', 'cpu']
     stopped = subprocess.run([*command, '--max-minutes', '1e-6'], capture_output=True, text=True)
     assert stopped.returncode == 3 and 'after step 1 of 2; the same command continues it' in stopped.stderr
     assert (out / 'smoke/protoseg/seed0/warmup/resume.safetensors').exists()
@@ -108,7 +108,7 @@ def test_asked_to_stop_it_saves_and_the_same_command_continues(pretrained, unint
 def test_a_second_writer_waits_and_finds_the_work_done(pretrained, tmp_path):
     out = tmp_path / 'runs'
     shutil.copytree(pretrained, out)
-    command = [sys.executable, '-m', 'scaleprotoseg.cli', 'run', 'smoke', 'protoseg', '--stage', 'warmup', '--out', str(out), '--device', 'cpu']
+    command = [sys.executable, '-m', 'scaleprotoseg', 'run', 'smoke', 'protoseg', '--stage', 'warmup', '--out', str(out), '--device', 'cpu']
     with (tmp_path / 'log').open('w') as log:
         both = [subprocess.Popen(command, stderr=log, stdout=log) for _ in range(2)]
         assert [p.wait(120) for p in both] == [0, 0]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, '-m', 'scaleprotoseg.cli', 'reproduce', '--experiment', 'smoke', '--device', 'cpu']
+COMMAND = [sys.executable, '-m', 'scaleprotoseg', 'reproduce', '--experiment', 'smoke', '--device', 'cpu']
 
 
 def checkout(folder):

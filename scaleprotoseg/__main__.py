@@ -1,0 +1,4 @@
+"""`python -m scaleprotoseg` is the command line."""
+from .cli import main
+
+main()
