@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['confusion', 'class_iou', 'mean_iou', 'pixel_accuracy']
 
-# %% ../nbs/09_metrics.ipynb #cell-02
-import torch
+# %% ../nbs/09_metrics.ipynb #cell-03
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-# %% ../nbs/09_metrics.ipynb #cell-04
+# %% ../nbs/09_metrics.ipynb #cell-05
 def confusion(prediction: Tensor,  # any shape, int64 0..C-1
               label: Tensor,       # same shape, int64 0..C-1, void -1
               classes: int,
@@ -18,7 +17,7 @@ def confusion(prediction: Tensor,  # any shape, int64 0..C-1
     "Counts of non-void pixels by true and predicted class."
     return multiclass_confusion_matrix(prediction, label, classes, ignore_index=-1, validate_args=False)
 
-# %% ../nbs/09_metrics.ipynb #cell-05
+# %% ../nbs/09_metrics.ipynb #cell-06
 def class_iou(counts: Tensor,  # (C, C) int: truth, prediction
              ) -> Tensor:      # (C,) float64, NaN where a class occurs nowhere
     "Intersection over union of each class (spec 7.1)."

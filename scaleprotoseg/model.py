@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -162,7 +163,7 @@ def save_weights(model: Model, folder: Path, backbone: bool = True, prefix: str 
     parts = {'backbone': {k: v for k, v in state.items() if k.startswith('backbone.')},
              'head': {k: v for k, v in state.items() if not k.startswith('backbone.')}}
     for name in (['backbone'] if backbone else []) + ['head']:
-        replace_file(folder / f'{prefix}{name}.safetensors', lambda p: save_file(parts[name], p))
+        replace_file(folder / f'{prefix}{name}.safetensors', partial(save_file, parts[name]))
 
 # %% ../nbs/06_model.ipynb #cell-19
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -7,17 +7,16 @@ __all__ = ['TILE', 'TILES_PER_ROW', 'nearest_own_cell', 'Projection', 'duplicate
            'square', 'tile', 'trace', 'trace_one', 'save_sheet', 'load_sheet']
 
 # %% ../nbs/08_projection.ipynb #cell-02
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .data import Labels, Sample
+from .data import Sample
 from .losses import own_class
 from .model import replace_file
 from .prototypes import Prototypes

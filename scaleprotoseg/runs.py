@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .model import replace_file, write_json
+from .model import replace_file
 from .recipes import Recipe
 
 # %% ../nbs/11_runs.ipynb #cell-05

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -36,7 +36,7 @@ from .model import (POSITIONS, Model, Output, build_model, load_weights, read_co
 from .partscapes import PartScapes  # noqa: F401, makes the dataset known
 from .projection import Projection, save_sheet, trace
 from .recipes import Data, Recipe, Stage, Train, find_recipe
-from .runs import (Log, check_space, is_finished, link, load_resume, locked, provenance, read_metrics,
+from .runs import (Log, check_space, is_finished, link, load_resume, locked, provenance,
                                 run_folder, save_resume)
 from .transforms import Augment, augment, reduce_labels
 

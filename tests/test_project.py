@@ -97,3 +97,7 @@ def test_readme_shows_the_two_commands_first():
 def test_no_tracked_file_is_large():
     files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True).stdout.split()
     assert not [f for f in files if (ROOT / f).is_file() and (ROOT / f).stat().st_size > 3_000_000]
+
+
+def test_ruff_finds_nothing():
+    subprocess.run([sys.executable, '-m', 'ruff', 'check', 'scaleprotoseg', 'tests', 'benchmarks'], cwd=ROOT, check=True)

@@ -1,13 +1,10 @@
 """A run killed at any moment and run again ends with the numbers of an uninterrupted one."""
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch

@@ -17,7 +17,7 @@ COMMAND = [sys.executable, '-m', 'scaleprotoseg', 'reproduce', '--experiment', '
 
 def checkout(folder):
     """What the graph needs of a checkout; the package itself is installed."""
-    for name in ('Snakefile', 'nbs', 'data/published'):
+    for name in ('Snakefile', 'settings.ini', 'nbs', 'data/published'):
         source, target = ROOT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
@@ -65,6 +65,15 @@ def test_a_changed_rule_text_does_not_train_again(whole):
     (whole / 'Snakefile').write_text(text.replace('scaleprotoseg run {EXPERIMENT}', 'scaleprotoseg run  {EXPERIMENT}'))
     done = subprocess.run(COMMAND, cwd=whole, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0 and 'Nothing to be done' in done.stdout + done.stderr
+
+
+def test_a_reading_notebook_also_runs_from_its_own_folder(whole, tmp_path):
+    """As JupyterLab starts it; papermill starts it in the root."""
+    folder = whole / 'nbs/paper/scaleprotoseg'
+    command = [sys.executable, '-m', 'scaleprotoseg', 'notebook', 'table_01.ipynb', str(tmp_path / 'table_01.ipynb'), '-p', 'experiment=smoke']
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / 'figures').exists() and not (folder / 'runs').exists()
 
 
 def test_killed_parent_then_the_same_command_ends_with_the_same_numbers(whole, tmp_path):
