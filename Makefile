@@ -3,6 +3,7 @@ PYTHON     ?= python3
 VENV       := .venv
 BIN        := $(VENV)/bin
 EXPERIMENT ?= demo
+DEVICE     ?= auto
 DATA_ROOT  ?=
 CORES      ?= 0
 
@@ -16,13 +17,13 @@ help:            ## list the targets
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("scaleprotoseg needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[repro,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e '.[repro,dev]'
 	touch $@
 
 install: $(VENV)/.installed  ## virtual environment with everything
 
 reproduce: install  ## train, explain and report EXPERIMENT (default: demo); continues an interrupted run
-	$(BIN)/scaleprotoseg reproduce --experiment $(EXPERIMENT) --cores $(CORES) $(if $(DATA_ROOT),--data-root $(DATA_ROOT))
+	$(BIN)/scaleprotoseg reproduce --experiment $(EXPERIMENT) --cores $(CORES) --device $(DEVICE) $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
 
 test: install    ## all tests, the smoke graph and every notebook
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 # The graph of an experiment: training jobs, reading notebooks, report. `make reproduce` runs it.
 # A job's only declared output is its final marker; run folders and resume states belong to the package.
-from pathlib import Path
+from shlex import quote
 
 from scaleprotoseg.recipes import find_recipe, recipes_of
 from scaleprotoseg.report import notebook_parameters, paper_notebooks
@@ -49,7 +49,7 @@ rule train:
     params:
         method=lambda w: RECIPES[w.method].method,
         variant=lambda w: RECIPES[w.method].variant and f"--variant {RECIPES[w.method].variant}",
-        data=f"--data-root {DATA_ROOT}" if DATA_ROOT else "",
+        data=f"--data-root {quote(DATA_ROOT)}" if DATA_ROOT else "",
     shell:
         "scaleprotoseg run {EXPERIMENT} {params.method} {params.variant} --seed {wildcards.seed} "
         "--device {DEVICE} {params.data} --marker {output}"
@@ -62,7 +62,7 @@ rule read:
     output:
         f"figures/{EXPERIMENT}/{{paper}}.ipynb",
     params:
-        data=lambda w, input: f"-p data_root={DATA_ROOT}" if DATA_ROOT and "data_root" in notebook_parameters(input.notebook) else "",
+        data=lambda w, input: f"-p data_root={quote(DATA_ROOT)}" if DATA_ROOT and "data_root" in notebook_parameters(input.notebook) else "",
     shell:
         "scaleprotoseg notebook {input.notebook} {output} -p experiment={EXPERIMENT} {params.data}"
 

@@ -137,6 +137,7 @@ def reproduce(experiment: str = 'demo', cores: int = 0, data_root: DataRoot = No
     base = [sys.executable, '-m', 'snakemake', '--cores', str(cores or 'all'), '--config', *config]
     go = ['--rerun-incomplete', '--rerun-triggers', 'mtime', '--nolock', '--printshellcmds'] + (['--until', until] if until else [])
     with locked(Path('runs')) as lock:
+        os.environ['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'   # jobs run this installation
         os.set_inheritable(lock.fileno(), True)      # Snakemake takes this process over, and the lock with it
         sys.stdout.flush(); sys.stderr.flush()
         os.execv(sys.executable, [*base, *go])

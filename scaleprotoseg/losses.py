@@ -50,7 +50,9 @@ def jeffreys(distances: Tensor,  # (B, S, C, K, h, w)
     logp = segment_log_softmax(values, segment, B * C)                        # (S, K, N)
     p = logp.exp()
     k, l = torch.triu_indices(K, K, 1, device=labels.device)
-    terms = (p[:, k] - p[:, l]) * (logp[:, k] - logp[:, l]) / 2               # (S, pairs, N)
+    # index_select, not p[:, k]: the gradient of the latter adds repeated indices in any order on several CPU threads
+    first, second = (lambda x: x.index_select(1, k)), (lambda x: x.index_select(1, l))
+    terms = (first(p) - second(p)) * (first(logp) - second(logp)) / 2         # (S, pairs, N)
     J = terms.new_zeros(S, len(k), B * C).index_add(-1, segment, terms)
     enough = torch.bincount(segment, minlength=B * C) >= 2
     both = (alive[..., k] & alive[..., l]).transpose(1, 2).repeat(1, 1, B)    # (S, pairs, B*C)

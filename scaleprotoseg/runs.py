@@ -127,7 +127,7 @@ def commit() -> str:
     git = ['git', '-C', str(Path(__file__).parent if '__file__' in globals() else Path.cwd())]
     try:
         head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, 'status', '--porcelain', '-uno', '--', 'scaleprotoseg'], capture_output=True, text=True).stdout.strip()
+        dirty = subprocess.run([*git, 'status', '--porcelain', '-uno', '--', ':(top)scaleprotoseg'], capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return 'unknown'
     return head + ('-dirty' if dirty else '')
 

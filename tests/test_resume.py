@@ -36,12 +36,19 @@ if fault == 'while saving weights':
         replace(a, b)
     os.replace = half
 if fault == 'while saving the state':
-    save = training.save_resume
-    def torn(path, *a):
-        if path.parent.name == 'joint' and path.is_file(): Path(str(path) + '.99.tmp').write_bytes(b'half'); die()
-        save(path, *a)
-    training.save_resume = torn
+    import scaleprotoseg.runs as runs
+    save = runs.save_file
+    def torn(tensors, path, **k):                             # the second state of joint is half written
+        if Path(path).parent.name == 'joint' and (Path(path).parent / 'resume.safetensors').is_file():
+            Path(path).write_bytes(b'half')
+            die()
+        save(tensors, path, **k)
+    runs.save_file = torn
 if fault == 'between stages': training._finish = nth(1, training._finish, False)
+if fault == 'asked to stop':
+    losses = training.stage_losses
+    def ask(*a): training.stage_losses = losses; os.kill(os.getpid(), signal.SIGTERM); return losses(*a)
+    training.stage_losses = ask
 for stage in ('warmup', 'joint'): training.run_stage('smoke', 'protoseg', stage, out=out, device='cpu')
 '''
 
@@ -94,12 +101,19 @@ def test_killed_and_run_again_is_the_same_run(fault, pretrained, uninterrupted, 
 def test_asked_to_stop_it_saves_and_the_same_command_continues(pretrained, uninterrupted, tmp_path):
     out = tmp_path / 'runs'
     shutil.copytree(pretrained, out)
-    command = [sys.executable, '-m', 'scaleprotoseg', 'run', 'smoke', 'protoseg', '--stage', 'warmup', '--out', str(out), '--device', 'cpu']
-    stopped = subprocess.run([*command, '--max-minutes', '1e-6'], capture_output=True, text=True)
-    assert stopped.returncode == 3 and 'after step 1 of 2; the same command continues it' in stopped.stderr
+    stopped = run('asked to stop', out)
+    assert stopped.returncode == 1 and 'stopped by SIGTERM after step 1 of 2; the same command continues it' in stopped.stderr
     assert (out / 'smoke/protoseg/seed0/warmup/resume.safetensors').exists()
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    assert facts(out / 'smoke/protoseg/seed0/warmup') == facts(uninterrupted / 'smoke/protoseg/seed0/warmup')
+    assert run('none', out).returncode == 0
+    assert facts(out / 'smoke/protoseg/seed0/joint') == facts(uninterrupted / 'smoke/protoseg/seed0/joint')
+
+
+def test_time_that_is_up_ends_with_code_3(pretrained, tmp_path):
+    out = tmp_path / 'runs'
+    shutil.copytree(pretrained, out)
+    command = [sys.executable, '-m', 'scaleprotoseg', 'run', 'smoke', 'protoseg', '--out', str(out), '--device', 'cpu', '--max-minutes', '1e-6']
+    stopped = subprocess.run(command, capture_output=True, text=True)
+    assert stopped.returncode == 3 and 'out of time' in stopped.stderr and 'Traceback' not in stopped.stderr
 
 
 def test_a_second_writer_waits_and_finds_the_work_done(pretrained, tmp_path):
