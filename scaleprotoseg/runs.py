@@ -106,15 +106,16 @@ def load_resume(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optim
 class Log:
     "`log.csv`: a row per update, flushed at once."
     def __init__(self, path: Path, start: int = 0):  # start: rows of updates >= start are dropped
-        rows = list(csv.DictReader(open(path))) if path.is_file() and start else []
-        self.file, self.writer = open(path, 'w', newline=''), None
-        for row in rows:
-            if row['step'].isdigit() and int(row['step']) < start: self.write(row)
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() and start else []
+        kept = lines[:1] + [x for x in lines[1:] if x.endswith('\n') and int(x.split(',', 1)[0]) < start]   # step is the first column
+        replace_file(path, lambda p: p.write_text(''.join(kept)))     # atomic: a kill here loses no row
+        self.file = open(path, 'a', newline='')
+        self.writer = csv.DictWriter(self.file, kept[0].strip().split(','), extrasaction='ignore', lineterminator='\n') if kept else None
 
     def write(self, row: dict):
         "Append a row; the first row decides the columns."
         if self.writer is None:
-            self.writer = csv.DictWriter(self.file, row.keys(), extrasaction='ignore')
+            self.writer = csv.DictWriter(self.file, row.keys(), extrasaction='ignore', lineterminator='\n')
             self.writer.writeheader()
         self.writer.writerow(row)
         self.file.flush()

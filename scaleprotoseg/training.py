@@ -10,6 +10,7 @@ __all__ = ['SAVE_SECONDS', 'KINDS', 'PRECISIONS', 'InMemory', 'epoch_order', 'St
            'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
+import hashlib
 import json
 import os
 import resource
@@ -352,7 +353,8 @@ def check_data(job: Job) -> dict:
     for role in job.recipe.data.splits:
         dataset = job.data(role)
         if not len(dataset): raise ValueError(f'the {role} split of {job.recipe.name} has no images')
-        record = job.out / job.recipe.experiment / 'data' / f'{fingerprint(dataset)[:16]}.json'
+        where = hashlib.sha256(f'{fingerprint(dataset)} {job.data_root and job.data_root.absolute()} {dict(job.recipe.data.splits[role])}'.encode())
+        record = job.out / job.recipe.experiment / 'data' / f'{where.hexdigest()[:16]}.json'
         if not record.is_file():
             record.parent.mkdir(parents=True, exist_ok=True)
             write_json(record, check_dataset(dataset, progress=len(dataset) > 500))
