@@ -182,7 +182,7 @@ def test_published_numbers_that_papers_repeat_agree():
 
 
 def test_missing_published_tables_say_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match='root of the repository'): published('x', tmp_path / 'no')
+    with pytest.raises(FileNotFoundError, match='checkout of the repository'): published('x', tmp_path / 'no')
     with pytest.raises(KeyError, match='scaleprotoseg_table_02'): published('scaleprotoseg_table_2', PUBLISHED)
 
 
