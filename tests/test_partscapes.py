@@ -135,7 +135,7 @@ def test_opens_by_name_with_the_default_lengths():
     for split, n in SPLITS.items():
         ds = open_dataset('partscapes', split, root='anywhere')
         assert len(ds) == n == len(ds.ids) and ds.ids[12] == f'{split}-00012' and ds[12].id == ds.ids[12]
-        assert ds.labels is LABELS
+        assert ds.labels == LABELS
     assert len(open_dataset('partscapes', 'val', size=(64, 64), n=3)) == 3
 
 
