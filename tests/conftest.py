@@ -1,9 +1,13 @@
 "Fixtures that find golden vectors and real sample data; without them the tests that need them skip visibly."
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# One thread, here and in every process that a test starts: with several, sums may differ in the last bit from run to run.
+os.environ['OMP_NUM_THREADS'] = '1'
 
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
 
