@@ -264,12 +264,3 @@ def close_figures():
     yield
     import matplotlib.pyplot as plt
     plt.close('all')
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "The tensors here are tiny."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

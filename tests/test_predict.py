@@ -304,12 +304,3 @@ def test_black_boxes_and_early_stages_cannot_explain(stages, predictors, array, 
     predictor = load(tmp_path)
     assert predictor.predict(array).shape == array.shape[:2]
     with pytest.raises(FileNotFoundError, match='`project` stage'): predictor.explain(array)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "The tensors here are tiny."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
