@@ -353,24 +353,21 @@ def run_notebook(source: str | Path, target: str | Path, parameters: Mapping) ->
     replace_file(target, lambda p: p.write_text(nbformat.writes(clean) + '\n', encoding='utf-8'))
     return target
 
-def _execute(source: Path, parameters: dict, transports: tuple[str, ...] = ('ipc', 'tcp')):
-    """The executed notebook; a kernel that does not start gets a second chance.
+def _execute(source: Path, parameters: dict):
+    """The executed notebook.
 
-    Sockets in files are tried first: kernels that start at the same time may choose the same TCP port."""
+    Kernels that start at the same time may choose the same TCP port, and by default also the same socket file,
+    `kernel-ipc` in the current directory: so every kernel gets a folder of sockets of its own where the system has them."""
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from traitlets.config import Config
-    if os.name != 'posix': transports = ('tcp', 'tcp')
-    config = Config({'KernelManager': {'transport': transports[0]}})
-    try:
-        return papermill.execute_notebook(str(source), None, parameters, kernel_name='python3', progress_bar=False,
-                                          config=config)
-    except papermill.PapermillExecutionError as e:
-        raise NotebookFailed(f'{source}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
-    except (RuntimeError, OSError) as e:
-        if isinstance(e, DeadKernelError) or len(transports) < 2: raise
-        print(f'{source}: the kernel did not start ({e}); trying again', file=sys.stderr)
-        return _execute(source, parameters, transports[1:])
+    with tempfile.TemporaryDirectory(prefix='kernel-') as folder:
+        sockets = os.name == 'posix' and len(folder) < 90     # the path of a socket has at most 103 characters
+        config = Config({'KernelManager': {'transport': 'ipc', 'ip': f'{folder}/s'} if sockets else {}})
+        try:
+            return papermill.execute_notebook(str(source), None, parameters, kernel_name='python3', progress_bar=False,
+                                              start_timeout=300, config=config)
+        except papermill.PapermillExecutionError as e:
+            raise NotebookFailed(f'{source}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
 
 # %% ../nbs/15_report.ipynb #cell-45
 def without_machine_paths(x, roots: Iterable[tuple[str, str]] | None = None):
