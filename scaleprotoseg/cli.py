@@ -10,6 +10,7 @@ __all__ = ['app', 'Out', 'DataRoot', 'Device', 'main', 'list_', 'run', 'check', 
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,8 @@ def main():
     from scaleprotoseg.training import Interrupted
     try: app()
     except Interrupted as e: _end(e, 3)
+    except KeyboardInterrupt: _end('asked twice; what was saved last is continued by the same command', 3)
+    except ModuleNotFoundError as e: _end(f'{e.name} is not installed; it comes with `pip install "scaleprotoseg[repro]"`', 2)
     except (KeyError, ValueError, OSError) as e: _end(e, 2)
 
 def _end(error, code):
@@ -131,6 +134,7 @@ def reproduce(experiment: str = 'demo', cores: int = 0, data_root: DataRoot = No
               until: Annotated[str, typer.Option(help='Stop after this rule, e.g. train.')] = ''):
     "Train all methods of an experiment, run its notebooks and write its report; safe to interrupt and call again."
     from scaleprotoseg.runs import locked
+    if not find_spec('snakemake'): raise ModuleNotFoundError(name='snakemake')
     if not Path('Snakefile').is_file(): raise FileNotFoundError('no Snakefile here; run this in a checkout of scaleprotoseg')
     recipes.lookup({e: e for e in recipes.experiments()}, experiment, 'experiment')
     config = [f'experiment={experiment}', f'device={device}', f'data_root={data_root or ""}']

@@ -147,7 +147,8 @@ def replace_file(path: Path,  # final name
     "Write `path` atomically: a temporary file in the same folder, flushed to disk, then renamed."
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        write(temporary)
+        try: write(temporary)
+        except SafetensorError as e: raise OSError(f'cannot write {path}: {e}') from e
         with open(temporary, 'rb') as f: os.fsync(f.fileno())
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)

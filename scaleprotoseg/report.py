@@ -163,8 +163,8 @@ def accuracy_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame
     rows = []
     for r in compared(experiment):
         ours = summarise(frame, r, r.last.name)
-        for ref in _references(r):
-            theirs = find_published(reference, method=r.method, data=ref['data'] or '')
+        found = [(ref, find_published(reference, method=r.method, data=ref['data'] or '')) for ref in _references(r)]
+        for ref, theirs in [x for x in found if x[1]] or found[:1]:      # one row where the papers have no number
             rows.append({'method': r.method, 'variant': r.variant, 'stage': r.last.name, **ours,
                          **compare(ours, theirs, **ref)})
     return pd.DataFrame(rows, dtype=object).drop(columns='prototypes')

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['SAVE_SECONDS', 'KINDS', 'PRECISIONS', 'InMemory', 'epoch_order', 'StepBatches', 'stage_losses', 'make_optimizer',
-           'set_learning_rate', 'evaluate', 'Interrupted', 'Job', 'model_config', 'start_model', 'FrozenViews',
-           'frozen_since', 'train_stage', 'project_stage', 'threshold_stage', 'prototype_counts', 'results',
-           'peak_memory', 'check_data', 'check_parent', 'check_recipe', 'stopping', 'make_fabric', 'run_stage',
-           'run_method']
+           'set_learning_rate', 'evaluate', 'Job', 'model_config', 'start_model', 'FrozenViews', 'frozen_since',
+           'train_stage', 'project_stage', 'threshold_stage', 'prototype_counts', 'results', 'peak_memory',
+           'check_data', 'check_parent', 'check_recipe', 'stopping', 'make_fabric', 'run_stage', 'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
 import hashlib
@@ -37,7 +36,7 @@ from .model import (POSITIONS, Model, Output, build_model, load_weights, read_co
 from .partscapes import PartScapes  # noqa: F401, makes the dataset known
 from .projection import Projection, save_sheet, trace
 from .recipes import Data, Recipe, Stage, Train, find_recipe
-from .runs import (Log, check_space, is_finished, link, load_resume, locked, provenance,
+from .runs import (Interrupted, Log, check_space, device_name, is_finished, link, load_resume, locked, provenance,
                                 run_folder, save_resume)
 from .transforms import Augment, augment, reduce_labels
 
@@ -108,21 +107,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, train: Train, step: int)
 
 # %% ../nbs/12_training.ipynb #cell-12
 @torch.no_grad()
-def evaluate(model: Model, dataset, device: torch.device, progress: str = '') -> Tensor:  # (C, C) int64
+def evaluate(model: Model, dataset, device: torch.device, progress: str = '',
+             check_stop: Callable[[str], None] = lambda where: None,  # called before each image; may raise
+            ) -> Tensor:                                              # (C, C) int64
     "Confusion matrix of a dataset (spec 7.1)."
     model.eval()
     counts = torch.zeros(len(dataset.labels), len(dataset.labels), dtype=torch.int64)
     for i in tqdm(range(len(dataset)), desc=progress, disable=not progress, mininterval=2):
+        check_stop('while validating')
         s = dataset[i]
         prediction = model.segment(s.image[None].to(device), s.label.shape, POSITIONS)
         counts += confusion(prediction, s.label[None].to(device), len(dataset.labels)).cpu()
     return counts
 
 # %% ../nbs/12_training.ipynb #cell-14
-class Interrupted(Exception):
-    "The stage was stopped and can be continued by the same call."
-
-# %% ../nbs/12_training.ipynb #cell-15
 @dataclass
 class Job:
     "A stage being run."
@@ -133,6 +131,7 @@ class Job:
     data_root: Path | None
     fabric: object            # lightning.fabric.Fabric: device, precision, gradients
     stop: Callable[[], str]   # reason to stop now, or ''
+    precision: str = '32-true'
 
     @property
     def folder(self) -> Path: return run_folder(self.out, self.recipe, self.seed, self.stage.name)
@@ -153,6 +152,14 @@ class Job:
         "The dataset that plays `role` (train, push, val)."
         return _open(self.recipe.data, role, self.data_root)
 
+    def check_stop(self, where: str):
+        "Raise `Interrupted` if there is a reason to stop."
+        if why := self.stop(): raise Interrupted(f'{self.folder}: {why} {where}; the same command continues')
+
+    def session(self, seconds: float) -> dict:
+        "What provenance keeps of an uninterrupted piece of work."
+        return {'device': device_name(self.fabric.device), 'precision': self.precision, 'seconds': seconds}
+
 @lru_cache(maxsize=4)
 def _open_cached(facts: str, root: Path | None):
     dataset, options, in_memory = json.loads(facts)
@@ -162,7 +169,7 @@ def _open_cached(facts: str, root: Path | None):
 def _open(data: Data, role: str, root: Path | None):
     return _open_cached(json.dumps([data.dataset, dict(data.splits[role]), data.in_memory], sort_keys=True), root)
 
-# %% ../nbs/12_training.ipynb #cell-17
+# %% ../nbs/12_training.ipynb #cell-16
 def model_config(recipe: Recipe, stage: Stage, labels) -> dict:
     "JSON-plain description of the model of a stage, as saved beside its weights."
     backbone = {**recipe.model['backbone'], 'weights': None} if 'weights' in recipe.model['backbone'] else recipe.model['backbone']
@@ -183,17 +190,19 @@ def start_model(job: Job, labels) -> tuple[Model, dict]:
         else: model.head.project_(model.prototypes.alive)
     return model, config
 
-# %% ../nbs/12_training.ipynb #cell-19
+# %% ../nbs/12_training.ipynb #cell-18
 class FrozenViews:
     "Similarity maps of `views` augmentations of every image, computed once; same items as `StepBatches`."
-    def __init__(self, model: Model, batches: StepBatches, views: int, device: torch.device):
+    def __init__(self, model: Model, batches: StepBatches, views: int, device: torch.device,
+                 check_stop: Callable[[str], None] = lambda where: None):
         self.batches, self.views, n = batches, views, len(batches.dataset)
         model.eval()
-        self.maps = [self._compute(model, i, v, device) for v in range(views)
+        self.maps = [self._compute(model, i, v, device, check_stop) for v in range(views)
                      for i in tqdm(range(n), desc=f'similarity maps {v + 1}/{views}', mininterval=2)]
 
     @torch.no_grad()
-    def _compute(self, model, i, v, device):
+    def _compute(self, model, i, v, device, check_stop):
+        check_stop('while computing similarity maps')
         image, label = self.batches.view(i, 'view', v)
         similarities = model(image[None].to(device), want=('similarities',), chunk=POSITIONS).similarities[0]
         return similarities, reduce_labels(label[None].to(device), similarities.shape[-2:])[0]
@@ -205,7 +214,7 @@ class FrozenViews:
 
     def loader(self, start: int, stop: int, workers: int = 0): return (self[t] for t in range(start, stop))
 
-# %% ../nbs/12_training.ipynb #cell-20
+# %% ../nbs/12_training.ipynb #cell-19
 def _fill(model: Model) -> list[float]:
     "The colour of padding: the mean, which is 0 after normalisation."
     return model.backbone.mean.flatten().tolist()
@@ -225,17 +234,17 @@ def _frozen_views(job: Job, model: Model) -> FrozenViews:
     if key not in _views:
         _views.clear()
         batches = StepBatches(job.data('train'), job.recipe.data, job.stage.train.batch, _fill(model), job.seed, source)
-        _views[key] = FrozenViews(model, batches, job.stage.train.views, job.fabric.device)
+        _views[key] = FrozenViews(model, batches, job.stage.train.views, job.fabric.device, job.check_stop)
     views = _views[key]
     views.batches.batch = job.stage.train.batch
     return views
 
-# %% ../nbs/12_training.ipynb #cell-21
+# %% ../nbs/12_training.ipynb #cell-20
 SAVE_SECONDS = 60.   # between two saved states of a running stage
 
 def train_stage(job: Job, model: Model) -> dict:
     "Minimise the stage's losses; saves what is needed to continue every minute and when asked to stop."
-    train, position = job.stage.train, {'step': 0, 'best': -1., 'seconds': 0.}
+    train, position = job.stage.train, {'step': 0, 'best': -1., 'seconds': 0., 'sessions': []}
     model.to(job.fabric.device).train_only_(train.lr, train.batch_norm)
     source = _frozen_views(job, model) if train.views else \
         StepBatches(job.data('train'), job.recipe.data, train.batch, _fill(model), job.seed, job.stage.name)
@@ -245,12 +254,14 @@ def train_stage(job: Job, model: Model) -> dict:
     forward = wrapped.score_similarities if train.views else wrapped
     position |= load_resume(job.folder / 'resume.safetensors', model, optimizer) or {}
     if position['step']: print(f'{job.folder}: continuing at step {position["step"]} of {train.steps}', file=sys.stderr)
+    earlier = position['sessions']
     _loop(job, model, forward, optimizer, source, position)
-    return {'steps': train.steps, 'seconds_training': round(position['seconds'], 1)}
+    return {'steps': train.steps, 'seconds_training': round(position['seconds'], 1), 'earlier': earlier}
 
-# %% ../nbs/12_training.ipynb #cell-22
+# %% ../nbs/12_training.ipynb #cell-21
 def _loop(job, model, forward, optimizer, source, position):
-    train, began, saved = job.stage.train, time.monotonic() - position['seconds'], time.monotonic()
+    train, start, saved = job.stage.train, time.monotonic(), time.monotonic()
+    seconds, earlier = position['seconds'], position['sessions']
     resume, log = job.folder / 'resume.safetensors', Log(job.folder / 'log.csv', position['step'])
     workers = 0 if job.recipe.data.in_memory else max(0, min(8, (os.cpu_count() or 1) - 1))
     batches = source.loader(position['step'] * train.accumulate, train.steps * train.accumulate, workers)
@@ -270,10 +281,11 @@ def _loop(job, model, forward, optimizer, source, position):
         if bad := [k for k, v in row.items() if v - v != 0]:
             raise ValueError(f'{job.folder}: {bad} not finite at step {step}; the learning rate may be too large, or an image damaged')
         log.write(row)
-        position |= {'step': step + 1, 'seconds': time.monotonic() - began}
+        spent = time.monotonic() - start
+        position |= {'step': step + 1, 'seconds': seconds + spent, 'sessions': [*earlier, job.session(spent)]}
         if train.eval_every and (step + 1) % train.eval_every == 0: _keep_best(job, model, position)
         why = job.stop()
-        if why or time.monotonic() - saved >= SAVE_SECONDS:
+        if why or step + 1 == train.steps or time.monotonic() - saved >= SAVE_SECONDS:   # at the end too: validation may take long
             save_resume(resume, model, optimizer, position)
             saved = time.monotonic()
         if why: log.close(); raise Interrupted(f'{job.folder}: {why} after step {step + 1} of {train.steps}; the same command continues it')
@@ -286,7 +298,7 @@ def _backward(fabric, forward, batch, want, model, train):
     return losses
 
 def _keep_best(job, model, position):
-    miou = mean_iou(evaluate(model, job.data('val'), job.fabric.device))
+    miou = mean_iou(evaluate(model, job.data('val'), job.fabric.device, check_stop=job.check_stop))
     if miou > position['best']:
         position['best'] = miou
         save_weights(model, job.folder, _moves_backbone(job.stage), 'best_')
@@ -294,14 +306,14 @@ def _keep_best(job, model, position):
 
 def _moves_backbone(stage: Stage) -> bool: return bool(stage.train and {'trunk', 'aspp'} & set(stage.train.lr))
 
-# %% ../nbs/12_training.ipynb #cell-24
+# %% ../nbs/12_training.ipynb #cell-23
 @torch.no_grad()
 def project_stage(job: Job, model: Model) -> dict:
     "Stream the push split once, move the prototypes, write `prototypes.json` and `patches.webp`."
     model.to(job.fabric.device).eval()
     dataset, projection = job.data('push'), Projection(model.prototypes)
     for i in tqdm(range(len(dataset)), desc=f'{job.recipe.name} project', mininterval=2):
-        if why := job.stop(): raise Interrupted(f'{job.folder}: {why}; the same command starts the projection again')
+        job.check_stop('while projecting')
         s = dataset[i]
         out = model(s.image[None].to(job.fabric.device), ('features', 'distances', 'similarities'))
         projection.update(i, out.features, out.distances, out.similarities,
@@ -320,7 +332,7 @@ def threshold_stage(job: Job, model: Model) -> dict:
 
 KINDS = {'train': train_stage, 'project': project_stage, 'threshold': threshold_stage}
 
-# %% ../nbs/12_training.ipynb #cell-26
+# %% ../nbs/12_training.ipynb #cell-25
 def prototype_counts(model: Model) -> dict:
     "How many prototypes live, take part in groups, and how many a group has on average (spec 8.5)."
     if model.prototypes is None: return {}
@@ -332,7 +344,7 @@ def prototype_counts(model: Model) -> dict:
         counts |= {'active': int(used.any(1).sum()), 'group_average': float(used.sum() / max(1, rows))}
     return counts
 
-# %% ../nbs/12_training.ipynb #cell-27
+# %% ../nbs/12_training.ipynb #cell-26
 def results(model: Model, counts: Tensor, labels) -> dict:
     "mIoU, per-class IoU and prototype counts as JSON-plain data; a class that does not occur has IoU null."
     iou = class_iou(counts).tolist()
@@ -340,13 +352,13 @@ def results(model: Model, counts: Tensor, labels) -> dict:
             'iou': {n: None if v != v else v for n, v in zip(labels.names, iou)},
             'confusion': counts.tolist(), 'prototypes': prototype_counts(model)}
 
-# %% ../nbs/12_training.ipynb #cell-28
+# %% ../nbs/12_training.ipynb #cell-27
 def peak_memory(device: torch.device) -> dict:
     "Largest memory use so far in MB: of this process, and of the accelerator if there is one."
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != 'darwin' else 1024 ** 2)
     return {'process': round(rss)} | ({'cuda': round(torch.cuda.max_memory_allocated(device) / 2 ** 20)} if device.type == 'cuda' else {})
 
-# %% ../nbs/12_training.ipynb #cell-30
+# %% ../nbs/12_training.ipynb #cell-29
 def check_data(job: Job) -> dict:
     "Read every sample of the recipe's splits once per output folder; returns their fingerprints. Errors name the file."
     facts = {}
@@ -378,12 +390,12 @@ def check_recipe(folder: Path, recipe: Recipe, stage: str):
     if note.is_file() and (found := json.loads(note.read_text())) != recipe.digest(stage):
         raise ValueError(f'{folder} was made by another recipe ({found}, now {recipe.digest(stage)}); move it away or choose another output folder')
 
-# %% ../nbs/12_training.ipynb #cell-31
+# %% ../nbs/12_training.ipynb #cell-30
 _stop: list[Callable[[], str]] = []   # the outermost `stopping`, while there is one
 
 @contextmanager
 def stopping(max_minutes: float | None):
-    """Yields a function that gives the reason to stop, or ''. SIGINT and SIGTERM ask; they do not kill.
+    """Yields a function that gives the reason to stop, or ''. SIGINT and SIGTERM ask; a second SIGINT raises KeyboardInterrupt.
 
     Inside another `stopping` it is the outer one: a signal between two stages is not lost, and the clock runs once."""
     if _stop:
@@ -391,15 +403,17 @@ def stopping(max_minutes: float | None):
         return
     deadline, reasons, previous = time.monotonic() + 60 * (max_minutes or float('inf')), [], {}
     if threading.current_thread() is threading.main_thread():
-        for s in (signal.SIGINT, signal.SIGTERM):
-            previous[s] = signal.signal(s, lambda n, _: reasons.append(f'stopped by {signal.Signals(n).name}'))
+        def ask(number, _):
+            if reasons and number == signal.SIGINT: raise KeyboardInterrupt      # asked twice: do not wait for the step
+            reasons.append(f'stopped by {signal.Signals(number).name}')
+        for s in (signal.SIGINT, signal.SIGTERM): previous[s] = signal.signal(s, ask)
     _stop.append(lambda: reasons[0] if reasons else 'out of time' if time.monotonic() > deadline else '')
     try: yield _stop[0]
     finally:
         _stop.clear()
         for s, handler in previous.items(): signal.signal(s, handler)
 
-# %% ../nbs/12_training.ipynb #cell-32
+# %% ../nbs/12_training.ipynb #cell-31
 PRECISIONS = ('32-true', 'bf16-mixed')   # float16 would need a loss scaler that a resumed run continues with
 
 def make_fabric(device: str, precision: str):
@@ -411,7 +425,7 @@ def make_fabric(device: str, precision: str):
     except (MisconfigurationException, RuntimeError, ValueError) as e:
         raise ValueError(f'cannot use device {device!r} with precision {precision!r} (known: auto, cpu, cuda, mps; e.g. 32-true): {e}') from e
 
-# %% ../nbs/12_training.ipynb #cell-33
+# %% ../nbs/12_training.ipynb #cell-32
 def run_stage(experiment: str, method: str, stage: str, variant: str = '', seed: int = 0,
               out: str | Path = 'runs',             # folder of all runs
               data_root: str | Path | None = None,  # where datasets are; rendered ones need none
@@ -426,16 +440,18 @@ def run_stage(experiment: str, method: str, stage: str, variant: str = '', seed:
     recipe = find_recipe(experiment, method, variant)
     step, fabric = recipe.stage(stage), make_fabric(device, precision)
     with stopping(max_minutes) as stop:
-        job = Job(recipe, step, seed, Path(out), data_root and Path(data_root), fabric, stop)
+        job = Job(recipe, step, seed, Path(out), data_root and Path(data_root), fabric, stop, precision)
         check_recipe(job.folder, recipe, stage)
-        if is_finished(job.folder): return job.folder
+        if is_finished(job.folder):
+            (job.folder / 'resume.safetensors').unlink(missing_ok=True)      # killed between the last two lines of `_finish`
+            return job.folder
         if why := stop(): raise Interrupted(f'{job.folder}: {why} before it began; the same command continues')
         check_parent(job)
-        with locked(job.folder):
+        with locked(job.folder, stop=stop):
             if not is_finished(job.folder): _run(job)
     return job.folder
 
-# %% ../nbs/12_training.ipynb #cell-34
+# %% ../nbs/12_training.ipynb #cell-33
 def _run(job: Job):
     started = time.time()
     check_recipe(job.folder, job.recipe, job.stage.name)
@@ -453,14 +469,17 @@ def _finish(job, model, config, data, facts, started):
     inherited = ([] if moves else ['backbone.safetensors']) + ([] if job.stage.kind == 'project' else ['prototypes.json', 'patches.webp'])
     for name in inherited:
         if job.parent and (job.parent / name).is_file(): link(job.parent / name, folder / name)
-    counts = evaluate(model.to(job.fabric.device), job.data('val'), job.fabric.device, f'{job.recipe.name} {job.stage.name} validation')
+    earlier = facts.pop('earlier', [])
+    counts = evaluate(model.to(job.fabric.device), job.data('val'), job.fabric.device, f'{job.recipe.name} {job.stage.name} validation',
+                      job.check_stop)
     measured = {'stage': job.stage.name, **results(model, counts, job.data('val').labels), **facts, 'memory_mb': peak_memory(job.fabric.device)}
-    write_json(folder / 'provenance.json', provenance(job.recipe, job.seed, job.stage.name, job.fabric.device, started, data))
+    write_json(folder / 'provenance.json', provenance(job.recipe, job.seed, job.stage.name, data,
+                                                      [*earlier, job.session(time.time() - started)]))
     write_json(folder / 'metrics.json', measured)
     (folder / 'resume.safetensors').unlink(missing_ok=True)
     print(f'{job.recipe.name} seed {job.seed} {job.stage.name}: mIoU {measured["miou"]:.4f}', file=sys.stderr, flush=True)
 
-# %% ../nbs/12_training.ipynb #cell-36
+# %% ../nbs/12_training.ipynb #cell-35
 def run_method(experiment: str, method: str, variant: str = '', seed: int = 0, **options) -> list[Path]:
     "Run all stages of a method that are not finished yet, in one process; options as in `run_stage`."
     names = [s.name for s in find_recipe(experiment, method, variant).stages]

@@ -40,6 +40,20 @@ def test_unknown_names_suggest_the_nearest(monkeypatch, capsys, arguments, expec
     assert code == 2 and expected in text and len(text.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize('arguments', [('reproduce',), ('notebook', 'a.ipynb', 'b.ipynb'), ('report', 'demo')])
+def test_without_the_extra_it_says_which_one_to_install(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(cli, 'find_spec', lambda name: None)
+    for name in ('papermill', 'pandas', 'nbformat'): monkeypatch.setitem(sys.modules, name, None)
+    code, text = call(monkeypatch, capsys, *arguments)
+    assert code == 2 and 'is not installed; it comes with `pip install "scaleprotoseg[repro]"`' in text
+
+
+def test_a_failed_write_names_the_file(tmp_path):
+    from scaleprotoseg.model import save_weights
+    with pytest.raises(OSError, match='absent'):
+        save_weights(torch.nn.Linear(1, 1), tmp_path / 'absent')
+
+
 def test_a_stage_whose_parent_is_missing_says_which(monkeypatch, capsys, tmp_path):
     code, text = call(monkeypatch, capsys, 'run', 'smoke', 'protoseg', '--out', tmp_path, '--device', 'cpu')
     assert code == 2 and 'pretrain' in text and 'not finished' in text

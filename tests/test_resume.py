@@ -92,10 +92,26 @@ def test_killed_and_run_again_is_the_same_run(fault, pretrained, uninterrupted, 
     for stage in ('warmup', 'joint'):
         a, b = out / f'smoke/protoseg/seed0/{stage}', uninterrupted / f'smoke/protoseg/seed0/{stage}'
         assert facts(a) == facts(b)
-        for name in ('backbone', 'head'):
+        for name in ('backbone', 'head') + (('best_backbone', 'best_head') if stage == 'joint' else ()):
             x, y = read_tensors(a / f'{name}.safetensors'), read_tensors(b / f'{name}.safetensors')
             assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), f'{stage} {name}'
-        assert not (a / 'resume.safetensors').exists()
+        assert not (a / 'resume.safetensors').exists() and not list(a.glob('.*.tmp'))
+    pieces = json.loads((out / 'smoke/protoseg/seed0/joint/provenance.json').read_text())
+    assert pieces['sessions'] == (1 if fault == 'between stages' else 2) and pieces['precision'] == '32-true' and pieces['seconds'] > 0
+
+
+def test_best_weights_are_those_of_the_best_validation(uninterrupted):
+    from scaleprotoseg.metrics import mean_iou
+    from scaleprotoseg.model import load_model
+    from scaleprotoseg.recipes import find_recipe
+    from scaleprotoseg.training import Job, evaluate
+    recipe = find_recipe('smoke', 'protoseg')
+    job = Job(recipe, recipe.stage('joint'), 0, uninterrupted, None, None, lambda: '')
+    score = lambda prefix: mean_iou(evaluate(load_model(job.folder, prefix), job.data('val'), torch.device('cpu')))
+    assert recipe.stage('joint').train.eval_every == 2          # of 3 updates: one validation, after the second
+    assert score('') == json.loads((job.folder / 'metrics.json').read_text())['miou'] and 0 < score('best_') < 1
+    last, best = (read_tensors(job.folder / f'{p}head.safetensors') for p in ('', 'best_'))
+    assert any(not torch.equal(last[k], best[k]) for k in last)
 
 
 def test_asked_to_stop_it_saves_and_the_same_command_continues(pretrained, uninterrupted, tmp_path):
@@ -124,6 +140,36 @@ def test_a_second_writer_waits_and_finds_the_work_done(pretrained, tmp_path):
         both = [subprocess.Popen(command, stderr=log, stdout=log) for _ in range(2)]
         assert [p.wait(120) for p in both] == [0, 0]
     assert (tmp_path / 'log').read_text().count('seed 0 warmup: mIoU') == 1, 'trained once'
+
+
+def test_waiting_for_another_writer_ends_when_time_is_up(pretrained, tmp_path):
+    from scaleprotoseg.runs import Interrupted, locked
+    from scaleprotoseg.training import run_stage
+    out = tmp_path / 'runs'
+    shutil.copytree(pretrained, out)
+    with locked(out / 'smoke/protoseg/seed0/warmup'), pytest.raises(Interrupted, match='out of time while another process'):
+        run_stage('smoke', 'protoseg', 'warmup', out=out, device='cpu', max_minutes=0.01)
+
+
+def test_what_a_killed_writer_left_is_swept(pretrained, tmp_path):
+    from scaleprotoseg.training import run_stage
+    out = tmp_path / 'runs'
+    shutil.copytree(pretrained, out)
+    done, begun = out / 'smoke/pretrain/seed0/joint', out / 'smoke/protoseg/seed0/warmup'
+    begun.mkdir(parents=True)
+    leftovers = [done / 'resume.safetensors', begun / '.head.safetensors.1.tmp']     # after metrics.json; before a rename
+    for path in leftovers: path.write_bytes(b'half')
+    run_stage('smoke', 'pretrain', 'joint', out=out, device='cpu')
+    run_stage('smoke', 'protoseg', 'warmup', out=out, device='cpu')
+    assert not any(path.exists() for path in leftovers)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    from scaleprotoseg.training import stopping
+    with pytest.raises(KeyboardInterrupt), stopping(None) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop() == 'stopped by SIGINT'
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_finished_work_of_another_recipe_is_neither_used_nor_overwritten(pretrained, tmp_path):
