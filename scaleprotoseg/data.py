@@ -9,11 +9,14 @@ import difflib
 import hashlib
 import json
 import operator
+import os
 import struct
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -23,9 +26,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['DATASETS', 'palette', 'Labels', 'Sample', 'Dataset', 'UnknownName', 'lookup', 'register_dataset', 'open_dataset',
-           'rng', 'image_to_tensor', 'read_image', 'read_label', 'read_pair', 'Folder', 'em_validation', 'EM',
-           'fingerprint', 'check_dataset']
+__all__ = ['DATASETS', 'palette', 'Labels', 'Sample', 'Dataset', 'read_ahead', 'UnknownName', 'lookup', 'register_dataset',
+           'open_dataset', 'rng', 'image_to_tensor', 'read_image', 'read_label', 'read_pair', 'Folder', 'em_validation',
+           'EM', 'fingerprint', 'check_dataset']
 
 # %% ../nbs/00_data.ipynb #cell-05
 _OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
@@ -98,6 +101,21 @@ class Dataset(Protocol):
     def __getitem__(self, i: int) -> Sample: ...
 
 # %% ../nbs/00_data.ipynb #cell-12
+def read_ahead(ds: Dataset, threads: int = min(8, os.cpu_count() or 1)) -> Iterator[Sample]:
+    "All samples in order, read in advance by `threads`; without threads if `ds.in_memory` says that there is nothing to wait for."
+    if getattr(ds, 'in_memory', False):
+        yield from (ds[i] for i in range(len(ds)))
+        return
+    pool, order = ThreadPoolExecutor(threads), iter(range(len(ds)))
+    ahead = deque(pool.submit(ds.__getitem__, i) for i in islice(order, 2 * threads))
+    try:
+        while ahead:
+            sample = ahead.popleft().result()
+            ahead.extend(pool.submit(ds.__getitem__, i) for i in islice(order, 1))
+            yield sample
+    finally: pool.shutdown(cancel_futures=True)
+
+# %% ../nbs/00_data.ipynb #cell-15
 _T = TypeVar('_T')
 
 class UnknownName(KeyError):
@@ -113,7 +131,7 @@ def lookup(registry: Mapping[str, _T], name: str,
     hint = f'; did you mean {near[0]!r}?' if near else '.'
     raise UnknownName(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(registry)) or 'none'}")
 
-# %% ../nbs/00_data.ipynb #cell-13
+# %% ../nbs/00_data.ipynb #cell-16
 DATASETS: dict[str, Callable[..., Dataset]] = {}
 
 def register_dataset(name: str):
@@ -130,7 +148,7 @@ def open_dataset(name: str, split: str,
     "Open one split of a registered dataset. Raises `UnknownName` for a wrong dataset or split."
     return lookup(DATASETS, name, 'dataset')(split, root=root, **options)
 
-# %% ../nbs/00_data.ipynb #cell-17
+# %% ../nbs/00_data.ipynb #cell-20
 def rng(*keys: str | int  # the order and the type of the keys matter: 1 is not '1'
        ) -> np.random.Generator:
     "A random generator that is a pure function of its keys: equal in every process and on every machine."
@@ -138,7 +156,7 @@ def rng(*keys: str | int  # the order and the type of the keys matter: 1 is not 
     digest = hashlib.sha256(json.dumps(plain).encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], 'little')))
 
-# %% ../nbs/00_data.ipynb #cell-21
+# %% ../nbs/00_data.ipynb #cell-24
 @contextmanager
 def _opened(path: str | Path, expected: str) -> Iterator[Image.Image]:
     "An image file, opened; whatever goes wrong with it inside the block becomes an error that names it."
@@ -159,7 +177,7 @@ def _decode(path: str | Path, expected: str, frame: int = 0) -> Image.Image:
         im.load()
         return im.copy()
 
-# %% ../nbs/00_data.ipynb #cell-22
+# %% ../nbs/00_data.ipynb #cell-25
 def _unit_grey(im: Image.Image) -> np.ndarray:
     "Greyscale of more than 8 bits as float32 in [0, 1]: integers divided by 65535, floats as they are."
     x = np.asarray(im)
@@ -188,7 +206,7 @@ def read_image(path: str | Path,
     try: return image_to_tensor(im)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e
 
-# %% ../nbs/00_data.ipynb #cell-24
+# %% ../nbs/00_data.ipynb #cell-27
 def _span(values: Iterable[int], most: int = 12) -> str:
     "Sorted integers in words: runs as `a..b`, a long list cut."
     runs: list[list[int]] = []
@@ -239,7 +257,7 @@ def read_pair(image: str | Path, label: str | Path, mapping: Mapping[int, int], 
                          'A label map needs the size of its image.')
     return x, y
 
-# %% ../nbs/00_data.ipynb #cell-28
+# %% ../nbs/00_data.ipynb #cell-31
 _PICTURES = ('.png', '.jpg', '.jpeg', '.tif', '.tiff', '.bmp', '.webp')
 
 _FOLDER_TREE = """
@@ -266,7 +284,7 @@ def _read_labels_json(path: Path) -> tuple[Labels, dict[int, int]]:
                          f'got {values} and void {void}.')
     return labels, mapping
 
-# %% ../nbs/00_data.ipynb #cell-29
+# %% ../nbs/00_data.ipynb #cell-32
 def _repeated(names: Iterable[str]) -> str | None:
     "The first name that occurs more than once."
     return next((name for name, n in Counter(names).items() if n > 1), None)
@@ -311,7 +329,7 @@ class Folder:
 
     def __getitem__(self, i: int) -> Sample: return Sample(*read_pair(*self._files[i], self.mapping), id=self.ids[i])
 
-# %% ../nbs/00_data.ipynb #cell-33
+# %% ../nbs/00_data.ipynb #cell-36
 _EM_TREE = """
   train-volume.tif, train-labels.tif           the challenge's stacks, 30 pages each
 or
@@ -330,7 +348,7 @@ def _em_files(root: Path) -> list[tuple[Path, Path, int]]:
         if images.is_dir(): return [(images/f'{i:02}.png', labels/f'{i:02}.png', 0) for i in range(30)]
     raise FileNotFoundError(f'no ISBI 2012 EM slices in {root}. Expected:{_EM_TREE}')
 
-# %% ../nbs/00_data.ipynb #cell-34
+# %% ../nbs/00_data.ipynb #cell-37
 def _check_em_files(files: list[tuple[Path, Path, int]]):
     "Every file is there, and a stack has 30 pages."
     if missing := [f for *pair, _ in files for f in pair if not f.is_file()]:
@@ -346,8 +364,8 @@ class EM:
     mapping: ClassVar[dict[int, int]] = {0: 0, 255: 1}   # file value -> class
 
     def __init__(self, split: str, root: str | Path | None = None,
-                 split_seed: int = 42):  # of the hold-out
-        held = em_validation(split_seed)
+                 split_seed: int | None = 42):  # of the hold-out; None: every third slice, ProtoSeg's (spec 6.6)
+        held = list(range(1, 30, 3)) if split_seed is None else em_validation(split_seed)
         splits = dict(train=[i for i in range(30) if i not in held], val=held, all=list(range(30)))
         slices = lookup(splits, split, 'split')
         files = _em_files(Path('data' if root is None else root))
@@ -360,7 +378,7 @@ class EM:
         image, label, page = self._files[i]
         return Sample(*read_pair(image, label, self.mapping, page), id=self.ids[i])
 
-# %% ../nbs/00_data.ipynb #cell-38
+# %% ../nbs/00_data.ipynb #cell-41
 def fingerprint(ds: Dataset) -> str:
     "SHA-256 of the class names and the ids, in order; reads no file."
     return hashlib.sha256(json.dumps([list(ds.labels.names), list(ds.ids)]).encode()).hexdigest()
@@ -381,7 +399,7 @@ def _check_sample(s: Sample, n_classes: int) -> np.ndarray:
         raise ValueError(f'sample {s.id!r}: part labels must be {tuple(y.shape)} and not negative.')
     return np.roll(torch.bincount(y.flatten() + 1, minlength=n_classes + 1).numpy(), -1)
 
-# %% ../nbs/00_data.ipynb #cell-39
+# %% ../nbs/00_data.ipynb #cell-42
 def check_dataset(ds: Dataset, progress: bool = True) -> dict[str, Any]:
     """Read every sample once; stop with a clear error at the first bad one.
 
@@ -394,8 +412,7 @@ def check_dataset(ds: Dataset, progress: bool = True) -> dict[str, Any]:
     if len(ds.ids) != len(ds): raise ValueError(f'{len(ds)} samples but {len(ds.ids)} ids')
     if twice := _repeated(ds.ids): raise ValueError(f'id {twice!r} occurs twice')
     total, contents = np.zeros(len(ds.labels) + 1, np.int64), hashlib.sha256(fingerprint(ds).encode())
-    for i in tqdm(range(len(ds)), desc='check images', disable=not progress):
-        s = ds[i]
+    for s in tqdm(read_ahead(ds), total=len(ds), desc='check images', disable=not progress):
         total += (counts := _check_sample(s, len(ds.labels)))
         contents.update(json.dumps([s.id, *s.label.shape, *counts.tolist()]).encode())
     return dict(images=len(ds), fingerprint=fingerprint(ds), contents=contents.hexdigest(),

@@ -65,6 +65,10 @@ class Model(nn.Module):
                ) -> Output:
         return self.score(self.features(image), want, chunk)
 
+    def outputs(self, image: Tensor, want: Iterable[str] = ()) -> list[Output]:
+        "One output per input scale of the backbone and one of their maximum (spec 1.2); without such scales a list of one."
+        return [self.score(self.activate(maps), want) for maps in self.backbone(image, every_scale=True)]
+
     def score(self, features: Tensor, want: Iterable[str] = (), chunk: int | None = None) -> Output:
         "From features (B, S, D, h, w) on; `want` and `chunk` as in the forward pass."
         want = {'logits', *want}

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data import Labels, image_to_tensor, read_image
+from .evaluation import Evaluation, segment
 from .explain import (Atlas, as_picture, evidence_kind, evidence_maps, evidence_names,
                                    evidence_weights, overlay, read_atlas, scale_names)
 from .model import POSITIONS, Model, Output, load_model, read_config
@@ -187,6 +188,7 @@ class Predictor:
     folder: Path
     device: torch.device
     atlas: Atlas | None = None   # None for a black box, or before the `project` stage
+    how: Evaluation = Evaluation()  # how the recipe feeds images
 
     def __repr__(self):
         prototypes = '' if self.model.prototypes is None else f', {int(self.model.prototypes.alive.sum())} prototypes'
@@ -201,7 +203,7 @@ class Predictor:
     @torch.no_grad()
     def predict(self, image: str | Path | Image.Image | np.ndarray | Tensor) -> np.ndarray:
         "Class map (H, W) int64 in 0..C-1, of the picture's own size; pictures and errors as in `to_image`."
-        return self.model.segment(self._batch(image), chunk=POSITIONS)[0].cpu().numpy()
+        return segment(self.model, self._batch(image), self.how)[0].cpu().numpy()
 
     @torch.no_grad()
     def explain(self, image: str | Path | Image.Image | np.ndarray | Tensor,
@@ -214,7 +216,7 @@ class Predictor:
         kind = evidence_kind(self.model)
         if self.atlas is None: self.atlas = read_atlas(self.folder)
         x = self._batch(image)
-        out, size = self.model(x, {kind, 'similarities'}, POSITIONS), x.shape[2:]
+        out, size = self.model(self.how.resize(x), {kind, 'similarities'}, POSITIONS), x.shape[2:]
         def why(region, cls, point=None):
             return explain_region(self.model, out, as_picture(x[0]), region, self.atlas, self.labels, cls, point)
         if at is not None:
@@ -273,7 +275,8 @@ def load(run_dir: str | Path,   # a finished stage, or runs/EXPERIMENT/METHOD/se
     except (KeyError, TypeError) as e: raise ValueError(f'{folder}/config.json names no classes ({e!r})') from e
     model = load_model(folder).to(device)
     has_atlas = model.prototypes is not None and (folder / 'prototypes.json').is_file()
-    return Predictor(model, labels, folder, device, read_atlas(folder) if has_atlas else None)
+    return Predictor(model, labels, folder, device, read_atlas(folder) if has_atlas else None,
+                     Evaluation.from_dict(config.get('evaluation', {})))
 
 # %% ../nbs/14_predict.ipynb #cell-29
 def _signed(x: float) -> str: return f'{x:+.3g}'.replace('-', '−') if abs(x) < 1000 else f'{x:+.0f}'.replace('-', '−')

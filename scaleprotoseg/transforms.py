@@ -5,17 +5,19 @@
 # %% ../nbs/02_transforms.ipynb #cell-03
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
 from .data import Labels, Sample
 
 # %% auto #0
-__all__ = ['IMAGENET_MEAN', 'Draw', 'Augment', 'cell_centres', 'reduce_labels', 'augment']
+__all__ = ['IMAGENET_MEAN', 'Draw', 'Warp', 'Augment', 'cell_centres', 'reduce_labels', 'augment']
 
 # %% ../nbs/02_transforms.ipynb #cell-05
 @dataclass(frozen=True)
@@ -26,11 +28,31 @@ class Draw:
     flip:   bool              # left and right swapped, after the crop
 
 @dataclass(frozen=True)
+class Warp:
+    "Ranges of a random affine map and Gaussian blur of the crop; the defaults are ProtoSeg's for EM (spec 4.5b)."
+    degrees: float = 0.2                           # rotation, either way
+    translate: float = 0.05                        # share of the crop, either way
+    scale: tuple[float, float] = (0.95, 1.05)
+    shear: float = 0.05                            # degrees along x, either way
+    sigma: tuple[float, float] = (0.1, 2.0)        # of the 3x3 blur
+
+    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator, fill: Sequence[float]) -> tuple[Tensor, Tensor]:
+        "The same map for image (bilinear, `fill` outside) and label (nearest, void outside); then blur."
+        h, w = label.shape
+        pick = lambda r: float(rng.uniform(-r, r))
+        angle, shift, zoom, shear = pick(self.degrees), [pick(self.translate) * w, pick(self.translate) * h], float(rng.uniform(*self.scale)), [pick(self.shear), 0.]
+        image = TF.affine(image, angle, shift, zoom, shear, interpolation=TF.InterpolationMode.BILINEAR, fill=list(fill))
+        # labels are moved by one, because what is outside is filled with 0
+        label = TF.affine(label[None].float() + 1, angle, shift, zoom, shear, interpolation=TF.InterpolationMode.NEAREST)[0].round().long() - 1
+        return TF.gaussian_blur(image, [3, 3], [float(rng.uniform(*self.sigma))]), label
+
+@dataclass(frozen=True)
 class Augment:
     "The training pipeline's settings; the published values are the defaults (reference code, sample pipeline)."
     crop:  tuple[int, int]                    # height, width of what comes out
     scale: tuple[float, float] = (0.5, 1.5)   # range of the uniform scale factor
     flip:  float = 0.5                        # probability of a horizontal flip
+    warp:  Warp | None = None                 # a small affine distortion of the crop, and blur
 
     def __post_init__(self):
         if min(self.crop) < 1: raise ValueError(f'crop must be at least 1x1, got {self.crop}')
@@ -93,4 +115,5 @@ def augment(sample: Sample, how: Augment,
     image[:, :len(rows), :len(cols)] = _sample_bilinear(sample.image, d.size, rows, cols)
     y, x = cell_centres(H, d.size[0], rows.start, len(rows)), cell_centres(W, d.size[1], cols.start, len(cols))
     label[:len(rows), :len(cols)] = sample.label[y[:, None], x]
-    return (image.flip(-1), label.flip(-1)) if d.flip else (image, label)
+    if d.flip: image, label = image.flip(-1), label.flip(-1)
+    return how.warp(image, label, rng, fill) if how.warp else (image, label)

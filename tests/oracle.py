@@ -86,6 +86,18 @@ def diversity(d, labels, alive):
     return sum(terms) / len(terms) if terms else 0.
 
 
+def legacy_diversity(d, labels, alive):
+    "The same where stored labels, 0 void and c + 1 for class c, are taken for the numbers of classes."
+    B, S, C, K = d.shape[:4]
+    terms = []
+    for b, c, s in np.ndindex(B, C, S):
+        stored = labels[b] + 1
+        if (stored == c).sum() < 2: continue
+        maps = [log_softmax(d[b, s, c, k][stored == c]) for k in range(K) if alive[s, c, k]]
+        terms += [math.exp(-divergence(maps[i], maps[j])) for j in range(len(maps)) for i in range(j)]
+    return sum(terms) / len(terms) if terms else 0.
+
+
 def off_class_l1_linear(weight, alive):
     C = len(weight)
     return sum(abs(weight[to, c, s, k]) for to in range(C) for c in range(C) if to != c for s, k in living(alive, c))
@@ -123,11 +135,61 @@ def simplex(v, mask):
 
 def nearest(d, labels, c, s, k):
     "Smallest distance of one prototype over its class, with (image, row, column): the first in this order; or None."
+    return nearest_eligible(d, labels == c, c, s, k)
+
+
+def nearest_eligible(d, eligible, c, s, k):
+    "The same over cells (B, h, w) that are eligible."
     best = None
-    for b, y, x in np.ndindex(labels.shape):
-        if labels[b, y, x] == c and (best is None or d[b, s, c, k, y, x] < best[0]):
+    for b, y, x in np.ndindex(eligible.shape):
+        if eligible[b, y, x] and (best is None or d[b, s, c, k, y, x] < best[0]):
             best = (d[b, s, c, k, y, x], b, y, x)
     return best
+
+
+def pixels_under(labels, grid, cell):
+    "Labels of the pixels (Y, X) of a map (H, W) whose Y h / H, X w / W lies in the cell y..y+1, x..x+1; void left out."
+    (H, W), (h, w), (y, x) = labels.shape, grid, cell
+    return [labels[Y, X] for Y, X in np.ndindex(H, W)
+            if y * H <= Y * h < (y + 1) * H and x * W <= X * w < (x + 1) * W and labels[Y, X] >= 0]
+
+
+def touched(labels, classes, grid):
+    "(H, W) -> (C, h, w): has a cell at least one pixel of a class?"
+    out = np.zeros((classes, *grid), bool)
+    for c, y, x in np.ndindex(out.shape): out[c, y, x] = c in pixels_under(labels, grid, (y, x))
+    return out
+
+
+def centre_label(labels, grid, cell):
+    "Label of the pixel that contains the centre of a cell."
+    at = [next(Y for Y in range(N) if 2 * n * Y <= (2 * y + 1) * N < 2 * n * (Y + 1))
+          for N, n, y in zip(labels.shape, grid, cell)]
+    return labels[tuple(at)]
+
+
+def nearest_patches(maps, labels, c, count):
+    """The `count` nearest of the nearest patches of each image, as (distance, image, row, column, label).
+
+    maps: per image (h, w) distances to one prototype of class c; labels: per image (H, W)."""
+    found = []
+    for i, (d, label) in enumerate(zip(maps, labels)):
+        cells = [(d[cell], *cell) for cell in np.ndindex(d.shape) if centre_label(label, d.shape, cell) >= 0]
+        if not cells: continue
+        value, y, x = min(cells)
+        under = pixels_under(label, d.shape, (y, x))
+        most = min(under, key=lambda v: (-under.count(v), v)) if under else -1
+        found.append((value, i, y, x, c if c in under else most))
+    return sorted(found)[:count]
+
+
+def group_statistics(weights, alive, tau):
+    "Prototypes in use in some group, and how many a group uses on average."
+    C, G = weights.shape[:2]
+    used = {(c, g, s, k) for c in range(C) for g in range(G) for s, k in living(alive, c)
+            if weights[c, g, s, k] > 0 and weights[c, g, s, k] >= tau}
+    groups = sum(G for c in range(C) if living(alive, c))
+    return len({(c, s, k) for c, _, s, k in used}), len(used) / groups if groups else 0.
 
 
 def duplicates(vectors, alive):

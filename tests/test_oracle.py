@@ -15,10 +15,12 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 from scaleprotoseg.heads import GroupHead, LinearHead, to_simplex
-from scaleprotoseg.losses import cross_entropy, diversity, group_entropy, off_class_l1
-from scaleprotoseg.metrics import class_iou, confusion, mean_iou, pixel_accuracy
+from scaleprotoseg.losses import cross_entropy, diversity, group_entropy, legacy_labels, off_class_l1
+from scaleprotoseg.metrics import (average_weight, class_iou, confusion, group_statistics, mean_iou, pixel_accuracy,
+                                   threshold_sweep)
 from scaleprotoseg.model import OUTPUTS, Model
-from scaleprotoseg.projection import Projection, duplicates, nearest_own_cell
+from scaleprotoseg.projection import Projection, duplicates, nearest_own_cell, touched
+from scaleprotoseg.pruning import NearestPatches
 from scaleprotoseg.prototypes import Prototypes
 
 few = settings(max_examples=60, deadline=None)
@@ -112,6 +114,14 @@ def test_losses_are_those_of_the_equations(case):
 
 
 @few
+@given(cases())
+def test_published_labels_of_the_diversity_loss(case):
+    d = case.prototypes(case.features)[0]
+    got = diversity(d, legacy_labels(case.labels, case.alive.shape[1]), case.alive)
+    close(got, oracle.legacy_diversity(double(d), case.labels.numpy(), case.alive.numpy()))
+
+
+@few
 @given(cases(), st.sampled_from([1., 1e-3, 1e3]))
 def test_no_loss_or_gradient_is_ever_nan_and_the_dead_get_none(case, far):
     features = (case.features * far).requires_grad_()
@@ -120,6 +130,7 @@ def test_no_loss_or_gradient_is_ever_nan_and_the_dead_get_none(case, far):
         model.zero_grad()
         out = model.score(features, ('distances',))
         loss = cross_entropy(out.logits, case.labels) + diversity(out.distances, case.labels, case.alive)
+        loss = loss + diversity(out.distances, legacy_labels(case.labels, case.alive.shape[1]), case.alive)
         loss = loss + off_class_l1(head.last, head.evidence(case.alive))
         if head is case.grouped: loss = loss + group_entropy(head.weights, case.alive)
         loss.backward()
@@ -234,6 +245,81 @@ def test_every_prototype_goes_to_the_first_nearest_patch_of_its_class(case):
         (alive & ~absent).sum(), absent.sum(), equal.sum()]
 
 
+@st.composite
+def streams(draw):
+    """Prototypes and up to 7 images, each with a grid and a size of its own: [(distances (1, S, C, K, h, w), labels (1, H, W))].
+
+    Few different distances, so ties within and between images are common, and images with nothing but void."""
+    S, C, K = (draw(st.integers(1, n)) for n in (2, 3, 3))
+    prototypes = Prototypes(S, C, K, 1)
+    prototypes.kill_(~torch.from_numpy(draw(arrays(bool, (S, C, K)))))
+    images = []
+    for _ in range(draw(st.integers(0, 7))):
+        h, w = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        H, W = draw(st.integers(h, 3 * h)), draw(st.integers(w, 3 * w))
+        labels = draw(arrays(np.int64, (1, H, W), elements=st.integers(-1, C - 1), fill=st.just(-1)))
+        rng = np.random.default_rng(draw(st.integers(0, 2 ** 32 - 1)))
+        distances = rng.integers(0, draw(st.sampled_from([2, 100])), (1, S, C, K, h, w)) / 4
+        images.append((torch.from_numpy(distances).float(), torch.from_numpy(labels)))
+    return prototypes, images
+
+
+@few
+@given(streams())
+def test_touched_cells_and_the_nearest_of_them(stream):
+    prototypes, images = stream
+    C = prototypes.alive.shape[1]
+    for d, labels in images:
+        eligible = touched(labels, C, d.shape[-2:])
+        assert np.array_equal(eligible[0].numpy(), oracle.touched(labels[0].numpy(), C, d.shape[-2:]))
+        value, cell = nearest_own_cell(d, labels[:, :0, :0], eligible)     # labels do not matter
+        for s, c, k in np.ndindex(prototypes.alive.shape):
+            want = oracle.nearest_eligible(d.numpy(), eligible[:, c].numpy(), c, s, k)
+            want = (torch.inf, -1) if want is None else (want[0], want[2] * d.shape[-1] + want[3])
+            assert (value[0, s, c, k].item(), cell[0, s, c, k].item()) == want
+
+
+@few
+@given(cases())
+def test_eligible_cells_by_label_are_those_of_the_labels(case):
+    d, C = case.prototypes(case.features)[0], case.alive.shape[1]
+    by_label = nn.functional.one_hot(case.labels + 1, C + 1)[..., 1:].movedim(-1, 1).bool()
+    for a, b in zip(nearest_own_cell(d, case.labels), nearest_own_cell(d, case.labels, by_label)): assert torch.equal(a, b)
+    h, w = case.labels.shape[1:]
+    assert torch.equal(touched(case.labels, C, (h, w)), by_label)          # one pixel a cell: the rules are the same
+
+
+# -- pruning ----------------------------------------------------------------------------------------------------------
+
+@few
+@given(streams(), st.integers(1, 4), st.data())
+def test_pruning_looks_at_the_nearest_patches_of_the_nearest_images(stream, k, data):
+    prototypes, images = stream
+    threshold, before = data.draw(st.integers(1, k)), prototypes.alive.clone()
+    seen = NearestPatches(prototypes, k)
+    for i, (d, labels) in enumerate(images): seen.update(i, d, labels)
+    rows = {(r['scale'], r['cls'], r['k']): r for r in seen.to_dict(threshold)['prototypes']}
+    want = torch.zeros_like(before)
+    for s, c, j in np.ndindex(before.shape):
+        if not before[s, c, j]:
+            assert (s, c, j) not in rows and (seen.image[s, c, j] == -1).all()
+            continue
+        patches = oracle.nearest_patches([d[0, s, c, j].numpy() for d, _ in images], [x[0].numpy() for _, x in images], c, k)
+        assert [(p['distance'], p['image'], *p['cell'], p['label']) for p in rows[s, c, j]['patches']] == patches
+        assert [p['grid'] for p in rows[s, c, j]['patches']] == [list(images[p[1]][0].shape[-2:]) for p in patches]
+        want[s, c, j] = bool(sum(p[-1] == c for p in patches) >= threshold)
+    assert torch.equal(seen.keep(threshold), want)
+    if seen.images < threshold:
+        with pytest.raises(ValueError, match='more images'): seen.apply_(prototypes, threshold)
+        assert torch.equal(prototypes.alive, before)
+        return
+    counts, per_class = seen.apply_(prototypes, threshold), lambda alive: alive.sum((0, 2))
+    assert torch.equal(prototypes.alive, want)
+    assert (counts['kept'], counts['pruned']) == (want.sum(), (before & ~want).sum())
+    assert counts['single'] == (per_class(want) == 1).sum()
+    assert counts['emptied'] == ((per_class(want) == 0) & (per_class(before) > 0)).sum()
+
+
 # -- metrics ----------------------------------------------------------------------------------------------------------
 
 @st.composite
@@ -272,3 +358,27 @@ def test_void_pixels_do_not_change_miou(case, to):
     other = np.where(t < 0, to % C, p)
     a, b = (confusion(torch.from_numpy(x), torch.from_numpy(t), C) for x in (p, other))
     assert torch.equal(a, b) and a.sum() == (t >= 0).sum()
+
+
+@few
+@given(cases(), st.lists(st.sampled_from([0., 0.05, 0.25, 0.5, 1.]), max_size=4))
+def test_prototypes_in_groups_by_counting(case, taus):
+    weights, alive = case.grouped.weights.detach().clone(), case.alive
+    rows = threshold_sweep(weights, alive, taus)
+    assert [r['tau'] for r in rows] == taus
+    for row in rows:
+        active, average = oracle.group_statistics(weights.numpy(), alive.numpy(), row['tau'])
+        assert row['active'] == active and row['group_average'] == pytest.approx(average)
+        case.grouped.weights.data.copy_(weights)
+        case.grouped.threshold_(row['tau'])                    # counted before, now done: the same
+        assert {k: v.item() for k, v in group_statistics(case.grouped.weights, alive).items()} == {
+            k: row[k] for k in ('active', 'group_average')}
+
+
+@few
+@given(cases())
+def test_average_weight_is_over_what_lives(case):
+    weight, alive = case.linear.weight, case.alive.numpy()
+    C = len(weight)
+    w = [abs(weight[to, c, s, k].item()) for to in range(C) for c in range(C) for s, k in oracle.living(alive, c)]
+    assert average_weight(weight, case.linear.evidence(case.alive)) == pytest.approx(np.mean(w) if w else 0., rel=1e-5)
