@@ -153,8 +153,8 @@ def deeplabv2(arch: str='resnet101',                       # resnet18, resnet50,
              ) -> Backbone:                                # stride 8
     """DeepLabv2 (Chen et al. 2018) up to its maps: a dilated ResNet or VGG-16, and an `ASPP`.
 
-    `weights` fill the trunk alone and are loaded strictly, the classifier apart: those of a torchvision network, or of a
-    DeepLab ResNet converted from Caffe (`from_caffe_names`), whose ASPP is not used either.
+    `weights` fill the trunk alone and are loaded strictly, the classifier apart: those of a torchvision network, or of
+    a DeepLab ResNet converted from Caffe (`from_caffe_names`), whose ASPP is not used either.
     With None the trunk has torchvision's random initialisation. Random numbers come from torch's global generator.
     Raises KeyError for an unknown `arch` or name of weights, FileNotFoundError and ValueError for a file that is absent
     or does not fit, OSError for a download that fails, ValueError for `stride_in_1x1` without bottlenecks."""
@@ -195,8 +195,8 @@ def timm_backbone(arch: str='tf_efficientnet_lite0',          # of timm.list_mod
                  ) -> Backbone:                               # stride 8
     """A network of timm, dilated to stride 8, and an `ASPP` on its last map.
 
-    `weights` fill the trunk alone and are loaded strictly, the classifier apart (`load_timm_`). `'bundled'` are those of
-    EfficientNet-Lite0 from an optional package (`bundled_weights`).
+    `weights` fill the trunk alone and are loaded strictly, the classifier apart (`load_timm_`). `'bundled'` are those
+    of EfficientNet-Lite0 from an optional package (`bundled_weights`).
     Raises KeyError for an unknown `arch`, ValueError if it has no dilated form (`timm_trunk`), and the errors of
     `timm_weights` and `load_timm_`."""
     trunk, width = timm_trunk(arch)

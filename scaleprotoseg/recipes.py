@@ -118,6 +118,18 @@ class Recipe:
         "Short hash over all stages; names the marker of a finished method."
         return hashlib.sha256(''.join(self.digest(s.name) for s in self.stages).encode()).hexdigest()[:12]
 
+    def values(self) -> dict[tuple[str, str], object]:
+        "Every number under (stage, quantity), in the words of `data/published/recipes.csv`; stages `data`, `model`, `test` are no stages."
+        d, e = self.data, self.data.evaluation
+        low, high = (a * b for a, b in zip(d.scale, d.warp.scale if d.warp else (1., 1.)))
+        found = {'data': dict(crop_height=d.crop[0], crop_width=d.crop[1], scale_low=low, scale_high=high, flip=d.flip,
+                              **{f'split_{role}': options['split'] for role, options in d.splits.items()}),
+                 'model': dict(inputs=' '.join(f'{x:g}' for x in self.model['backbone'].get('inputs', ())),
+                               **{k: self.model.get(k) for k in ('scales', 'channels', 'per_class', 'groups')}),
+                 'test': dict(test_height=e.size and e.size[0], test_width=e.size and e.size[1], test_shorter_side=e.shorter),
+                 **{s.name: _stage_values(s) for s in self.stages}}
+        return {(stage, k): v for stage, facts in found.items() for k, v in facts.items() if v is not None}
+
     def table(self) -> str:
         "The recipe as a markdown table: one row per stage."
         rows = ['| stage | from | updates | batch | learning rates | losses |', '| --- | --- | --- | --- | --- | --- |']
@@ -126,6 +138,12 @@ class Recipe:
     _repr_markdown_ = table
 
 # %% ../nbs/10_recipes.ipynb #cell-09
+def _stage_values(s: Stage) -> dict:
+    if s.kind != 'train': return dict(tau=s.tau, k=s.k, keep=s.keep)
+    t = s.train
+    return dict(steps=t.steps, batch=t.batch, accumulate=t.accumulate, power=t.power, decay=t.decay, diversity=t.diversity, l1=t.l1,
+                entropy=t.entropy, batch_norm=int(t.batch_norm), eval_every=t.eval_every, **{f'lr_{k}': v for k, v in t.lr.items()})
+
 def _row(s):
     if s.kind != 'train':
         said = [f'τ = {s.tau}'] * (s.tau is not None) + [f'{s.keep} of {s.k} patches'] * (s.k is not None) + [f'legacy: {x}' for x in s.legacy]
@@ -280,16 +298,16 @@ def pretrained_recipes(experiment: str, data: Data, steps: Mapping[str, int], l1
     "Both black boxes, ProtoSeg and ScaleProtoSeg with a backbone that was trained before."
     backbone = backbone or dict(name='deeplabv2', arch='resnet101', weights='imagenet', stride_in_1x1=True)
     net = dict(backbone={**backbone, **({'inputs': list(inputs)} if inputs else {})}, activation='sigmoid', channels=64)
-    train = partial(Train, batch=batch[0], accumulate=batch[1])
+    train = partial(Train, batch=batch[0], accumulate=batch[1], eval_every=eval_every)
     rates = lambda *parts: {p: lr[p] for p in parts}
     stage1 = dict(
         warmup=train(steps['warmup'], rates('aspp', 'prototypes'), diversity=.25, l1=l1[0]),
-        joint=train(steps['joint'], rates('trunk', 'aspp', 'prototypes'), power=.9, diversity=.25, l1=l1[0], eval_every=eval_every),
+        joint=train(steps['joint'], rates('trunk', 'aspp', 'prototypes'), power=.9, diversity=.25, l1=l1[0]),
         finetune=train(steps['finetune'], rates('last'), l1=l1[0], views=views))
     stage2 = dict(
         group_warmup=train(steps['group_warmup'], rates('groups'), l1=l1[1], entropy=entropy, views=views),
         group_joint=train(steps['group_joint'], {'groups': lr['groups'], 'last': lr['groups']}, power=.9, l1=l1[1], entropy=entropy, views=views))
-    plain = train(steps['joint'], rates('trunk', 'aspp'), power=.9, eval_every=eval_every)
+    plain = train(steps['joint'], rates('trunk', 'aspp'), power=.9)
     pixel = replace(plain, lr={**plain.lr, 'last': lr['aspp']})
     recipe = lambda method, model, stages: Recipe(experiment, method, data, {**net, **model}, stages, seeds=seeds)
     return [
@@ -342,17 +360,17 @@ def taus(recipe: Recipe, values: tuple[float, ...]) -> Recipe:
 
 def protoseg_ablations(r: Recipe) -> list[Recipe]:
     "ProtoSeg, supplement, Table 1; without the diversity loss; from COCO weights."
-    coco = {**r.model['backbone'], 'weights': 'coco'}
+    coco = {**r.model['backbone'], 'weights': 'weights/deeplabv1_resnet101_coco.pth'}     # spec 1.6; a file below the data root
     return [*(changed(r, f'k{k}', {'per_class': k}) for k in (4, 20, 50)), *(changed(r, f'd{d}', {'channels': d}) for d in (128, 256)),
             changed(r, 'joint2x', steps=in_stage('joint', lambda n: 2 * n)), changed(r, 'no_diversity', diversity=0.),
             changed(r, 'coco', {'backbone': coco})]
 
-for name in ('cityscapes', 'pascal', 'ade20k'):
+for name in ('cityscapes', 'pascal', 'ade20k', 'cocostuff'):
     proto, scale = find_recipe(name, 'protoseg'), find_recipe(name, 'scaleprotoseg')
-    sgd = changed(find_recipe(name, 'deeplabv2'), 'sgd', optimizer='sgd', bias_lr=2., bias_decay=False,
+    sgd = changed(find_recipe(name, 'deeplabv2'), 'sgd', optimizer='sgd', bias_lr=2., bias_decay=False, batch=5, accumulate=2,
                   lr=lambda lr, stage: dict(trunk=2.5e-4, aspp=2.5e-3))
-    more = protoseg_ablations(proto) if name == 'pascal' else [changed(proto, 'no_diversity', diversity=0.)]
-    add_recipes(sgd, *more, legacy(proto, ('absent',) if name == 'ade20k' else ('touched', 'absent')),
+    more = dict(pascal=protoseg_ablations(proto), cityscapes=[r for r in protoseg_ablations(proto) if r.variant in ('no_diversity', 'coco')])
+    add_recipes(sgd, *more.get(name, ()), legacy(proto, ('touched', 'absent') if name in ('cityscapes', 'pascal') else ('absent',)),
                 changed(scale, 'no_entropy', entropy=0.), taus(scale, (.01, .1)))
 
 aug = find_recipe('pascal', 'scaleprotoseg')

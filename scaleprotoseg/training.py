@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'SAVE_SECONDS', 'KINDS', 'PRECISIONS', 'InMemory', 'epoch_order', 'StepBatches', 'stage_losses',
            'mean_losses', 'parameter_groups', 'make_optimizer', 'set_learning_rate', 'Job', 'model_config',
-           'start_model', 'FrozenViews', 'frozen_since', 'train_stage', 'project_stage', 'prune_stage',
-           'threshold_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data', 'check_parent',
+           'initial_backbone', 'start_model', 'FrozenViews', 'frozen_since', 'train_stage', 'project_stage',
+           'prune_stage', 'threshold_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data', 'check_parent',
            'check_recipe', 'stopping', 'make_fabric', 'run_stage', 'find_equal', 'adopt', 'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import datasets, partscapes  # noqa: F401, make their datasets known
 from .data import Sample, check_dataset, fingerprint, lookup, open_dataset, read_ahead, rng
 from .evaluation import evaluate
 from .heads import GroupHead
 from .losses import cross_entropy, diversity, group_entropy, legacy_labels, off_class_l1
-from .metrics import class_iou, mean_iou, pixel_accuracy
+from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
 from .model import (POSITIONS, Model, Output, build_model, load_weights, read_config, read_tensors, save_model,
                                  save_weights, write_json)
-from .partscapes import PartScapes  # noqa: F401, makes the dataset known
 from .projection import Projection, save_sheet, touched, trace
 from .pruning import NearestPatches
 from .recipes import Data, Recipe, Stage, Train, find_recipe
@@ -184,12 +184,18 @@ def model_config(recipe: Recipe, stage: Stage, labels) -> dict:
     return {**recipe.model, 'backbone': backbone, 'head': stage.head, 'classes': len(labels), 'labels': labels.to_dict(),
             'evaluation': asdict(recipe.data.evaluation), 'recipe': recipe.name, 'stage': stage.name}
 
+def initial_backbone(job: Job) -> dict:
+    "The recipe's backbone with its initial weights; a file of weights is one below the data root."
+    backbone = dict(job.recipe.model['backbone'])
+    if Path(str(backbone.get('weights') or '')).suffix: backbone['weights'] = str((job.data_root or Path('data')) / backbone['weights'])
+    return backbone
+
 def start_model(job: Job, labels) -> tuple[Model, dict]:
     "The model at the beginning of a stage: the parent's, with a fresh head where the head changes."
     config = model_config(job.recipe, job.stage, labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng(job.seed, 'init', job.stage.head).integers(1 << 62)))
-        model = build_model(config if job.parent else {**config, 'backbone': job.recipe.model['backbone']})   # with initial weights
+        model = build_model(config if job.parent else {**config, 'backbone': initial_backbone(job)})
     if job.start: load_weights(model, read_tensors(job.start / 'backbone.safetensors'), str(job.start), 'backbone.trunk.')
     if job.parent:
         load_weights(model, read_tensors(job.parent / 'backbone.safetensors'), f'{job.parent}/backbone.safetensors', 'backbone.')
@@ -362,10 +368,7 @@ def prototype_counts(model: Model) -> dict:
     if model.prototypes is None: return {}
     alive = model.prototypes.alive
     counts = {'alive': int(alive.sum()), 'total': alive.numel()}
-    if isinstance(model.head, GroupHead):
-        used = (model.head.weights > 0) & alive.transpose(0, 1)[:, None]                 # (C, G, S, K)
-        rows = int(model.head.evidence(alive).sum())
-        counts |= {'active': int(used.any(1).sum()), 'group_average': float(used.sum() / max(1, rows))}
+    if isinstance(model.head, GroupHead): counts |= {k: v.item() for k, v in group_statistics(model.head.weights, alive).items()}
     return counts
 
 # %% ../nbs/12_training.ipynb #cell-25
@@ -499,9 +502,9 @@ def _run(job: Job):
     started = time.time()
     check_recipe(job.folder, job.recipe, job.stage.name)
     labels = job.data('val').labels
+    model, config = start_model(job, labels)      # first: missing weights are known at once, a bad image after reading all
     data = check_data(job)
     if source := find_equal(job, data): return adopt(job, source)
-    model, config = start_model(job, labels)
     check_space(job.folder, 8 * sum(t.numel() * t.element_size() for t in model.state_dict().values()) + 10_000_000)
     write_json(job.folder / 'recipe.json', job.recipe.digest(job.stage.name))
     facts = KINDS[job.stage.kind](job, model)

@@ -156,7 +156,7 @@ _CAFFE_CONVS = {'reduce': 1, 'conv3x3': 2, 'increase': 3}
 
 def _torchvision_name(name: str) -> str:
     "One name; unchanged where it is none of Caffe's ResNet."
-    name = name.removeprefix('base.')                             # inside the published wrapper for several input scales
+    name = name.removeprefix('base.')                             # of the published wrapper for input scales
     if m := re.fullmatch(r'layer1\.conv1\.(conv|bn)\.(\w+)', name): return f'{m[1]}1.{m[2]}'
     m = re.fullmatch(r'layer([2-5])\.block(\d+)\.(reduce|conv3x3|increase|shortcut)\.(conv|bn)\.(\w+)', name)
     if not m: return name
@@ -165,7 +165,7 @@ def _torchvision_name(name: str) -> str:
     return f'layer{int(layer) - 1}.{int(block) - 1}.{part}.{rest}'
 
 def from_caffe_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename a ResNet of DeepLab (layer1 the stem, layer2 … layer5) to torchvision's names (conv1, bn1, layer1 … layer4).
+    """Rename a ResNet of DeepLab (layer1 the stem, layer2 … layer5) to torchvision's (conv1, bn1, layer1 … layer4).
 
     Other names (`aspp.*`, `fc.*`) stay, and so does a state without bottlenecks of Caffe's names. Such weights were
     trained with the stride in the first 1×1 convolution: load them with `stride_in_1x1=True`."""
@@ -222,7 +222,7 @@ def timm_trunk(arch: str,                # of timm.list_models(), with or withou
     known = timm.list_models() + timm.list_pretrained()           # without tags, with tags
     if arch not in known:
         near = get_close_matches(arch, known, n=5)
-        raise KeyError(f"unknown timm network '{arch}'; similar: {', '.join(near) or 'none'} (timm.list_models() has all)")
+        raise KeyError(f"unknown timm network '{arch}'; similar: {', '.join(near) or 'none'}; all: timm.list_models()")
     try: net, why = timm.create_model(arch, features_only=True, output_stride=output_stride, out_indices=(-1,)), None
     except (TypeError, AssertionError, RuntimeError) as e: net, why = None, e
     if net is None or net.feature_info.reduction()[-1] != output_stride:

@@ -165,7 +165,7 @@ def test_legacy_absent_spares_the_dead_and_keeps_a_source(thin):
     layer.kill_(torch.tensor([[[False, False], [False, False], [True, False]]] * 2))
     before = layer.vectors.detach().clone()
     projection, _ = project(layer, [(features, labels * 0)], legacy_absent=True)
-    assert layer.alive[:, 1:].tolist() == [[[True, False], [False, False]]] * 2     # class 2 was there, but class 1 comes first
+    assert layer.alive[:, 1:].tolist() == [[[True, False], [False, False]]] * 2     # class 1 comes before class 2
     assert torch.equal(layer.vectors[:, 2, 0], before[:, 2, 0])                     # dead before: not moved
     expected = (before[0, 1, 0] - features[0, 0, :, 0, 0]).square().sum()
     assert projection.distance[0, 1, 0] == pytest.approx(expected.item(), rel=1e-5)

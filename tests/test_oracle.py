@@ -247,7 +247,7 @@ def test_every_prototype_goes_to_the_first_nearest_patch_of_its_class(case):
 
 @st.composite
 def streams(draw):
-    """Prototypes and up to 7 images, each with a grid and a size of its own: [(distances (1, S, C, K, h, w), labels (1, H, W))].
+    """Prototypes and up to 7 images of any size, each as distances (1, S, C, K, h, w) and labels (1, H, W).
 
     Few different distances, so ties within and between images are common, and images with nothing but void."""
     S, C, K = (draw(st.integers(1, n)) for n in (2, 3, 3))
@@ -284,7 +284,8 @@ def test_touched_cells_and_the_nearest_of_them(stream):
 def test_eligible_cells_by_label_are_those_of_the_labels(case):
     d, C = case.prototypes(case.features)[0], case.alive.shape[1]
     by_label = nn.functional.one_hot(case.labels + 1, C + 1)[..., 1:].movedim(-1, 1).bool()
-    for a, b in zip(nearest_own_cell(d, case.labels), nearest_own_cell(d, case.labels, by_label)): assert torch.equal(a, b)
+    one, two = nearest_own_cell(d, case.labels), nearest_own_cell(d, case.labels, by_label)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
     h, w = case.labels.shape[1:]
     assert torch.equal(touched(case.labels, C, (h, w)), by_label)          # one pixel a cell: the rules are the same
 
@@ -304,7 +305,8 @@ def test_pruning_looks_at_the_nearest_patches_of_the_nearest_images(stream, k, d
         if not before[s, c, j]:
             assert (s, c, j) not in rows and (seen.image[s, c, j] == -1).all()
             continue
-        patches = oracle.nearest_patches([d[0, s, c, j].numpy() for d, _ in images], [x[0].numpy() for _, x in images], c, k)
+        maps, maps_of_labels = [d[0, s, c, j].numpy() for d, _ in images], [x[0].numpy() for _, x in images]
+        patches = oracle.nearest_patches(maps, maps_of_labels, c, k)
         assert [(p['distance'], p['image'], *p['cell'], p['label']) for p in rows[s, c, j]['patches']] == patches
         assert [p['grid'] for p in rows[s, c, j]['patches']] == [list(images[p[1]][0].shape[-2:]) for p in patches]
         want[s, c, j] = bool(sum(p[-1] == c for p in patches) >= threshold)

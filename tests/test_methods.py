@@ -1,0 +1,154 @@
+"""The published recipes at their real model sizes on miniatures of the datasets, and what training does with several input scales."""
+import json
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_datasets import MINIATURES
+
+from scaleprotoseg import recipes
+from scaleprotoseg.data import rng
+from scaleprotoseg.model import build_model, load_model
+from scaleprotoseg.predict import load
+from scaleprotoseg.recipes import Train, find_recipe
+from scaleprotoseg.runs import is_finished, read_metrics
+from scaleprotoseg.training import make_optimizer, mean_losses, run_method, stage_losses
+
+OTHER = dict(pascal=0, cityscapes=7, ade20k=1, cocostuff=0, em=0)     # a second value of label files
+
+
+def make_em(root):
+    for i in range(30):
+        for kind, pixels in dict(images=rng('slice', i).integers(0, 255, (64, 64), np.uint8),
+                                 labels=255 * (np.arange(64) % 20 < 14).astype(np.uint8) * np.ones((64, 1), np.uint8)).items():
+            (root / kind).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(root / kind / f'{i:02}.png')
+
+
+def miniature(name, root):
+    """A dataset in its layout with images of 72 x 96 pixels and two classes; EM has slices of 64 x 64."""
+    root.mkdir()
+    if name == 'em': return make_em(root)
+    MINIATURES[name](root)
+    for path in (*root.rglob('*.png'), *root.rglob('*.jpg')):
+        picture = Image.open(path).resize((96, 72), Image.Resampling.NEAREST)
+        if picture.mode in 'LP':
+            picture = np.array(picture)
+            picture[:, :40] = OTHER[name]
+            picture = Image.fromarray(picture)
+        picture.save(path)
+
+
+def shrunk(recipe):
+    """One step per stage on small crops, random weights; the model is the real one."""
+    def short(t): return t and replace(t, steps=1, accumulate=1, batch=min(t.batch, 2), eval_every=0)
+    backbone = {k: v for k, v in recipe.model['backbone'].items() if k != 'weights'}
+    crop = (64, 64) if recipe.data.dataset == 'em' else (65, 65)
+    evaluation = replace(recipe.data.evaluation, size=recipe.data.evaluation.size and (65, 65), shorter=recipe.data.evaluation.shorter and 65)
+    return replace(recipe, experiment='mini', model={**recipe.model, 'backbone': backbone}, data=replace(recipe.data, crop=crop, evaluation=evaluation),
+                   stages=tuple(replace(s, train=short(s.train), keep=s.keep and 1) for s in recipe.stages))
+
+
+CASES = [pytest.param(d, m, marks=() if (d, m) == ('cityscapes', 'scaleprotoseg') else pytest.mark.slow)
+         for d in ('pascal', 'cityscapes', 'ade20k', 'cocostuff', 'em')
+         for m in (('unet' if d == 'em' else 'deeplabv2'), 'protoseg', 'scaleprotoseg')]
+
+
+@pytest.mark.parametrize('dataset, method', CASES)
+def test_every_stage_of_a_published_recipe_runs_at_real_size(dataset, method, tmp_path, monkeypatch):
+    miniature(dataset, tmp_path / 'data')
+    recipe = shrunk(find_recipe(dataset, method))
+    monkeypatch.setitem(recipes.RECIPES, recipe.name, recipe)
+    folders = run_method('mini', method, out=tmp_path / 'runs', data_root=tmp_path / 'data', device='cpu')
+    assert [f.name for f in folders] == [s.name for s in recipe.stages] and all(map(is_finished, folders))
+    for f in folders: assert 0 <= read_metrics(f)['miou'] <= 1
+    if method != folders[-1].parent and 'project' in [f.name for f in folders]:
+        facts = read_metrics(next(f for f in folders if f.name == 'project'))['projection']
+        classes = 2 * recipe.model['scales'] * recipe.model['per_class']            # two classes occur
+        assert facts['projected'] == classes and facts['absent'] + classes == recipe_prototypes(folders[0])
+    label = load(folders[-1]).predict(np.zeros((50, 70, 3), np.uint8))
+    assert label.shape == (50, 70)
+    print(f'{dataset} {method}: peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 ** 2:.1f} GB')
+
+
+def recipe_prototypes(folder): return load_model(folder).prototypes.alive.numel()
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return build_model(dict(backbone=dict(name='deeplabv2', arch='resnet18', **options), head='linear', activation='sigmoid', classes=3,
+                            scales=4, channels=8, per_class=2))
+
+
+def test_losses_are_averaged_over_input_scales():
+    model, train = small(inputs=[.5, .75]), Train(1, {}, diversity=.25, l1=1e-4)
+    model.train_only_(['trunk', 'aspp', 'prototypes'])
+    image, label = torch.rand(2, 3, 65, 65), torch.randint(-1, 3, (2, 65, 65))
+    outputs = model.outputs(image, ('distances',))
+    assert [o.logits.shape[-1] for o in outputs] == [9, 5, 7, 9]                 # full, 0.5, 0.75, maximum
+    means = mean_losses(outputs, label, model, train)
+    each = [stage_losses(o, label, model, train) for o in outputs]
+    for name in means: torch.testing.assert_close(means[name], torch.stack([e[name] for e in each]).mean())
+    with torch.no_grad(): torch.testing.assert_close(model(image).logits, outputs[-1].logits)  # evaluation: the maximum alone
+
+
+def test_without_input_scales_training_sees_the_same_output():
+    model, image = small().eval(), torch.rand(1, 3, 65, 65)
+    (only,) = model.outputs(image)
+    assert torch.equal(only.logits, model(image).logits)
+
+
+def test_deeplabs_own_optimiser_has_four_rates():
+    r = find_recipe('pascal-ablations', 'deeplabv2', 'sgd')
+    model = small().train_only_(['trunk', 'aspp'])
+    optimizer = make_optimizer(model, r.last.train)
+    assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults['momentum'] == .9
+    trunk, weights, biases = optimizer.param_groups
+    assert (trunk['lr'], weights['lr'], biases['lr']) == (2.5e-4, 2.5e-3, 5e-3)        # 1, 10, 20 times
+    assert (trunk['weight_decay'], weights['weight_decay'], biases['weight_decay']) == (5e-4, 5e-4, 0.)
+    assert len(weights['params']) == len(biases['params']) == 4
+
+
+def test_accumulated_batches_equal_one_batch_with_frozen_batch_norm():
+    """5 x 2 is a batch of 10 where every image has as many labelled cells (spec 11.5)."""
+    model = small().double().train_only_(['aspp', 'prototypes'])
+    image, label = torch.rand(4, 3, 65, 65).double(), torch.randint(0, 3, (4, 65, 65))
+    gradients = []
+    for pieces in (1, 2):
+        model.zero_grad()
+        for x, y in zip(image.chunk(pieces), label.chunk(pieces)):
+            (sum(mean_losses(model.outputs(x), y, model, Train(1, {})).values()) / pieces).backward()
+        gradients.append(model.prototypes.vectors.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+def test_a_variant_takes_over_the_stages_it_shares(tmp_path, monkeypatch, capsys):
+    recipe = find_recipe('smoke', 'pretrain')
+    twin = replace(recipe, experiment='smoke-ablations', variant='twin')
+    other = replace(twin, variant='longer', stages=(replace(twin.last, train=replace(twin.last.train, steps=4)),))
+    for r in (twin, other): monkeypatch.setitem(recipes.RECIPES, r.name, r)
+    (first,) = run_method('smoke', 'pretrain', out=tmp_path, device='cpu')
+    capsys.readouterr()
+    (second,) = run_method('smoke-ablations', 'pretrain', 'twin', out=tmp_path, device='cpu')
+    assert 'the same as' in capsys.readouterr().err
+    assert (second / 'head.safetensors').samefile(first / 'head.safetensors') and read_metrics(second) == read_metrics(first)
+    assert json.loads((second / 'config.json').read_text())['recipe'] == 'smoke-ablations/pretrain-twin'
+    assert load(second).labels == load(first).labels
+    (third,) = run_method('smoke-ablations', 'pretrain', 'longer', out=tmp_path, device='cpu')
+    assert not (third / 'head.safetensors').samefile(first / 'head.safetensors') and read_metrics(third)['steps'] == 4
+    (seed1,) = run_method('smoke-ablations', 'pretrain', 'twin', seed=1, out=tmp_path, device='cpu')
+    assert not (seed1 / 'head.safetensors').samefile(first / 'head.safetensors')
+
+
+def test_prune_stage_keeps_what_it_says(tmp_path):
+    for method in ('pretrain', 'protoseg'): folders = run_method('smoke', method, out=tmp_path, device='cpu')
+    by_name = {f.name: f for f in folders}
+    facts, seen = read_metrics(by_name['prune'])['pruning'], json.loads((by_name['prune'] / 'prune.json').read_text())
+    kept = [p for p in seen['prototypes'] if p['kept']]
+    assert facts['kept'] == len(kept) == int(load_model(by_name['prune_finetune']).prototypes.alive.sum())
+    assert all(p['kept'] == (p['own'] >= seen['threshold']) for p in seen['prototypes']) and 0 < facts['pruned']
+    assert (Path(by_name['prune_finetune']) / 'prune.json').samefile(by_name['prune'] / 'prune.json')

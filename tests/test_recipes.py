@@ -1,0 +1,96 @@
+"""Every value of a recipe is the one transcribed from the papers and their published configurations."""
+import csv
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from scaleprotoseg import recipes
+from scaleprotoseg.data import DATASETS
+from scaleprotoseg.recipes import RECIPES, Stage, Train, chosen, find_recipe
+from scaleprotoseg.training import KINDS, OPTIMIZERS
+
+ROWS = list(csv.DictReader(open(Path(__file__).resolve().parents[1] / 'data/published/recipes.csv', newline='')))
+NATIVE = {'cityscapes': (1024, 2048), 'em': (512, 512)}      # published as a size, but that of the images themselves
+
+
+def recipe_of(row):
+    experiment, method, variant = row['dataset'], row['method'], row['variant']
+    if variant == 'supplement': return find_recipe(f'{experiment}-supplement', method)
+    if variant.startswith('tau_row'): variant = 'tau'
+    return find_recipe(experiment + ('-ablations' if variant else ''), method, variant)
+
+
+def test_the_transcription_covers_every_dataset_and_method():
+    assert {(r['dataset'], r['method']) for r in ROWS} == {(d, m) for d in ('pascal', 'cityscapes', 'ade20k', 'cocostuff')
+                                                         for m in ('deeplabv2', 'protoseg', 'scaleprotoseg')} | {
+        ('em', m) for m in ('unet', 'protoseg', 'scaleprotoseg')}
+    assert sum(bool(r['value']) for r in ROWS) > 690 and all(r['source'] for r in ROWS)
+
+
+@pytest.mark.parametrize('dataset', sorted({r['dataset'] for r in ROWS}))
+def test_every_published_value_is_in_the_recipe(dataset):
+    wrong = []
+    for row in (r for r in ROWS if r['dataset'] == dataset and r['value']):
+        recipe, key = recipe_of(row), (row['stage'], row['quantity'])
+        if key[1] == 'classes': continue                                     # a property of the dataset, tested below
+        if key[0] == 'test' and dataset in NATIVE:
+            assert recipe.data.evaluation == type(recipe.data.evaluation)()    # as it is
+            assert int(row['value']) == NATIVE[dataset][key[1] == 'test_width']
+            continue
+        if key[1] == 'steps' and row['value'] == '0':                        # a stage of no steps does not exist
+            assert key[0] not in [s.name for s in recipe.stages]
+            continue
+        ours = recipe.values().get(key)
+        try: same = float(row['value']) == pytest.approx(ours, rel=1e-12)
+        except (ValueError, TypeError): same = row['value'] == ours
+        if not same: wrong.append((recipe.name, *key, row['value'], ours))
+    assert not wrong
+
+
+@pytest.mark.parametrize('dataset', sorted({r['dataset'] for r in ROWS}))
+def test_numbers_of_classes(dataset):
+    published = {int(r['value']) for r in ROWS if r['dataset'] == dataset and r['quantity'] == 'classes'}
+    assert published == {len(DATASETS[dataset].labels)}
+
+
+def test_numbers_of_prototypes_before_projection():
+    per = lambda name, method: (r := find_recipe(name, method)).model['per_class'] * r.model['scales'] * len(DATASETS[r.data.dataset].labels)
+    assert [per(n, 'protoseg') for n in ('cityscapes', 'pascal', 'ade20k', 'cocostuff', 'em')] == [190, 210, 1800, 2184, 20]
+    assert [per(n, 'scaleprotoseg') for n in ('cityscapes', 'pascal', 'ade20k', 'cocostuff', 'em')] == [228, 252, 1800, 2184, 24]
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipe_is_sound(name):
+    r = RECIPES[name]
+    names = [s.name for s in r.stages]
+    assert len(set(names)) == len(names) and r.seeds
+    for i, s in enumerate(r.stages):
+        assert s.kind in KINDS and (s.parent is None) == (i == 0) and (s.parent is None or s.parent in names[:i])
+        assert (s.train is not None) == (s.kind == 'train') and (s.tau is not None) == (s.kind == 'threshold')
+        assert ((s.k, s.keep) != (None, None)) == (s.kind == 'prune') and (not s.legacy or s.kind == 'project')
+        assert not set(s.legacy) - {'touched', 'absent'}
+        if s.train: assert s.train.optimizer in OPTIMIZERS and s.train.lr
+    assert r.last.kind == ('threshold' if r.method == 'scaleprotoseg' else 'train')
+
+
+def test_a_new_option_at_its_default_does_not_change_a_digest():
+    stage = Stage('joint', 'train', train=Train(10, {'last': .1}, batch=4))
+    assert chosen(stage) == {'name': 'joint', 'kind': 'train', 'train': {'steps': 10, 'lr': {'last': .1}, 'batch': 4}}
+    r = find_recipe('smoke', 'protoseg')
+    assert replace(r, seeds=(5,), notes={'x': 'y'}).digest('joint') == r.digest('joint')
+    louder = replace(r, stages=tuple(replace(s, train=s.train and replace(s.train, legacy_labels=True)) for s in r.stages))
+    assert louder.digest('joint') != r.digest('joint')
+
+
+def test_ablations_change_what_they_say_and_nothing_else():
+    for r in (r for r in RECIPES.values() if r.experiment.endswith('-ablations')):
+        main = find_recipe(r.experiment.removesuffix('-ablations'), r.method)
+        a, b = asdict(replace(r, experiment='', variant='')), asdict(replace(main, experiment='', variant=''))
+        assert a != b, r.name
+        assert {k for k in a if a[k] != b[k]} <= ({'model'} if r.variant[0] in 'kdc' and r.variant[1:].isdigit() or r.variant == 'coco'
+                                                 else {'data'} if r.variant == 'push_train_aug' else {'stages'}), r.name
+
+
+def test_recipes_cannot_be_added_twice():
+    with pytest.raises(ValueError, match='already a recipe'): recipes.add_recipes(find_recipe('smoke', 'protoseg'))
