@@ -236,6 +236,8 @@ def unpack(archive: str | Path, folder: str | Path, progress: bool = True):
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as z: _unpack_zip(z, archive, folder, bar)
         else:
+            if not hasattr(tarfile, 'data_filter'):
+                raise OSError(f'Python {sys.version.split()[0]} cannot unpack safely (3.11.4 or newer can); unpack {archive} into {folder} by hand')
             with tarfile.open(archive) as t:
                 for m in bar(t): t.extract(m, folder, filter='data')
     except tarfile.FilterError as e: raise ValueError(f'{archive} has a name outside the folder: {e}') from e

@@ -156,10 +156,14 @@ def export(run: Annotated[Path, typer.Argument(help='Folder of a finished stage 
 @app.command('import-checkpoint')
 def import_checkpoint(file: Annotated[Path, typer.Argument(help='A pickled module of the published programs; nothing in it is executed.')],
                       output: Annotated[Path, typer.Argument(help='New folder for the model.')],
-                      labels: Annotated[str, typer.Option(help='Dataset whose classes it has, e.g. pascal; default: class 0, class 1, …')] = ''):
+                      labels: Annotated[str, typer.Option(help='Dataset whose classes it has, e.g. pascal; default: class 0, class 1, …')] = '',
+                      inputs: Annotated[str, typer.Option(help='Further input scales, e.g. "0.5 0.75"; none: there are none; default: as the file says.')] = '',
+                      name: Annotated[list[str], typer.Option(help='role=attribute, where the file calls a part otherwise.')] = []):  # noqa: B006
     "Convert a published checkpoint; the folder is then used like a run of one's own."
     from scaleprotoseg import importer
-    print(importer.import_checkpoint(file, output, labels or None))
+    scales = None if not inputs else [] if inputs == 'none' else [float(x) for x in inputs.split()]
+    names = {role: [attribute] for role, _, attribute in (n.partition('=') for n in name)}
+    print(importer.import_checkpoint(file, output, labels or None, scales, names=names or None))
 
 # %% ../nbs/16_cli.ipynb #cell-17
 @app.command('data')

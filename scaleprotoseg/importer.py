@@ -216,27 +216,33 @@ def _storage_id(pid) -> tuple[torch.dtype, str, int]:
     if pid[1].module.split('.')[0] != 'torch' or kind not in DTYPES: raise ValueError(f'storage of an unknown type {pid[1]}')
     return DTYPES[kind], str(pid[2]), pid[4]
 
+def _stored(z: ZipFile, entry) -> bytes:
+    "An entry as torch writes it: not compressed, not encrypted."
+    if entry.compress_type != ZIP_STORED or entry.flag_bits & 1 or entry.header_offset < 0:
+        raise ValueError(f'{entry.filename} is compressed, encrypted or damaged')
+    return z.read(entry)
+
 def _read_zip(path: Path) -> Any:
     with ZipFile(path) as z:
         inside = {i.filename: i for i in z.infolist()}
         roots = [n.removesuffix('data.pkl') for n in inside if n.endswith('/data.pkl') or n == 'data.pkl']
         if len(roots) != 1: raise ValueError('a zip archive without the one data.pkl that torch.save writes')
         if f'{roots[0]}constants.pkl' in inside: raise ValueError('a TorchScript archive: it holds programs, not a module')
-        if z.read(roots[0] + 'byteorder') != b'little' if f'{roots[0]}byteorder' in inside else False:
-            raise ValueError('written on a machine of another byte order')
+        order = inside.get(f'{roots[0]}byteorder')      # only newer versions write it
+        if order and _stored(z, order) != b'little': raise ValueError('written on a machine of another byte order')
         done: dict[str, Storage] = {}
 
         def storage(pid):
             dtype, key, n = _storage_id(pid)
             entry = inside.get(f'{roots[0]}data/{key}')
-            if entry is None or entry.compress_type != ZIP_STORED or entry.file_size != n * dtype.itemsize:
+            if entry is None or entry.file_size != n * dtype.itemsize:
                 raise ValueError(f'storage {key} is missing or does not hold {n} values of {dtype}')
             if key not in done:
-                values = torch.frombuffer(bytearray(z.read(entry)), dtype=dtype) if n else torch.empty(0, dtype=dtype)
+                values = torch.frombuffer(bytearray(_stored(z, entry)), dtype=dtype) if n else torch.empty(0, dtype=dtype)
                 done[key] = Storage(values)
             elif done[key].values.dtype != dtype: raise ValueError(f'storage {key} has two types')
             return done[key]
-        return Interpreter(storage).read(BytesIO(z.read(roots[0] + 'data.pkl')))
+        return Interpreter(storage).read(BytesIO(_stored(z, inside[f'{roots[0]}data.pkl'])))
 
 # %% ../nbs/13_importer.ipynb #cell-19
 def _read_old(stream, size: int) -> Any:
@@ -279,7 +285,7 @@ def read_pickled(path: str | Path  # file of torch.save, zip or older format
         with open(path, 'rb') as f:
             if not (size := os.fstat(f.fileno()).st_size): raise ValueError('the file is empty')
             with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m: return _read_old(m, size)
-    except (ValueError, BadZipFile, EOFError, NotImplementedError, struct.error) as e:
+    except (ValueError, BadZipFile, EOFError, LookupError, OverflowError, NotImplementedError, struct.error) as e:
         raise ValueError(f'{path} is not a complete checkpoint of torch.save: {e}') from e
 
 # %% ../nbs/13_importer.ipynb #cell-24

@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 # %% ../nbs/09_metrics.ipynb #cell-04
 def confusion(prediction: Tensor,  # any shape, int64 0..C-1
@@ -19,6 +18,7 @@ def confusion(prediction: Tensor,  # any shape, int64 0..C-1
               classes: int,
              ) -> Tensor:          # (C, C) int64: truth, prediction
     "Counts of non-void pixels by true and predicted class."
+    from torchmetrics.functional.classification import multiclass_confusion_matrix   # slow to import, needed nowhere else
     return multiclass_confusion_matrix(prediction, label, classes, ignore_index=-1, validate_args=False)
 
 # %% ../nbs/09_metrics.ipynb #cell-05

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['COLUMNS', 'PUBLISHED_DATA', 'STEPS', 'METHOD_NAMES', 'PAPER_NOTEBOOKS', 'collect', 'finished_stage', 'published',
-           'compare', 'summarise', 'whole', 'find_published', 'compared', 'accuracy_table', 'steps_table', 'shown',
-           'save_table', 'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'open_split',
-           'used_prototypes', 'busiest_classes', 'plot_comparison', 'notebook_parameters', 'check_parameters',
-           'NotebookFailed', 'run_notebook', 'without_machine_paths', 'PaperNotebook', 'paper_notebooks', 'main_table',
-           'read_title', 'build_report']
+           'recipe_table', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published', 'compared',
+           'accuracy_table', 'steps_table', 'shown', 'save_table', 'save_figure', 'provenance_text', 'duration',
+           'used_runs', 'last_runs', 'open_split', 'used_prototypes', 'busiest_classes', 'plot_comparison',
+           'notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook', 'without_machine_paths',
+           'PaperNotebook', 'paper_notebooks', 'main_table', 'read_title', 'build_report']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -95,11 +95,29 @@ def published(name: str,                              # e.g. scaleprotoseg_table
     if not folder.is_dir():
         raise FileNotFoundError(f'{folder} does not exist (expected the published tables as csv files); run this in '
                                 'a checkout of the repository')
-    path = lookup({p.stem: p for p in folder.glob('*.csv')}, name, 'published table')
+    path = lookup({p.stem: p for p in folder.glob('*.csv') if p.stem != 'recipes'}, name, 'published table')
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     return table.assign(**{c: pd.to_numeric(table[c]) for c in ('value', 'std')})
 
 # %% ../nbs/15_report.ipynb #cell-15
+def recipe_table(experiment: str, folder: str | Path = 'data/published') -> pd.DataFrame:
+    "Every published hyper-parameter of an experiment's recipes: method, stage, quantity, ours, published, source, note."
+    import pandas as pd
+    rows = published_recipes(folder)
+    known = {r.method: r.values() for r in _recipes(experiment) if not r.variant}
+    rows = rows[(rows.dataset == experiment) & (rows.variant == '') & rows.method.isin(known)]
+    ours = [known[r.method].get((r.stage, r.quantity), '—') for r in rows.itertuples()]
+    columns = {'value': 'published'}
+    return pd.DataFrame(rows).assign(ours=ours).rename(columns=columns)[['method', 'stage', 'quantity', 'ours', 'published', 'source', 'note']]
+
+def published_recipes(folder: str | Path = 'data/published') -> pd.DataFrame:
+    "The transcription, all columns as text; FileNotFoundError outside a checkout of the repository."
+    import pandas as pd
+    path = from_root(folder) / 'recipes.csv'
+    if not path.is_file(): raise FileNotFoundError(f'{path} does not exist; run this in a checkout of the repository')
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+# %% ../nbs/15_report.ipynb #cell-19
 PUBLISHED_DATA = {   # dataset -> published data to show beside it, and whether that is the same data
     'cityscapes': (('Cityscapes val',), True), 'pascal': (('Pascal VOC val',), True), 'ade20k': (('ADE20K val',), True),
     'cocostuff': (('COCO-Stuff val',), True),
@@ -122,7 +140,7 @@ def compare(ours: Mapping,     # miou, std, runs
     verdict = 'agrees' if abs(difference) <= margin else 'above' if difference > 0 else 'below'
     return row | {'difference': difference, 'verdict': verdict if same_schedule else 'reduced schedule'}
 
-# %% ../nbs/15_report.ipynb #cell-18
+# %% ../nbs/15_report.ipynb #cell-22
 def summarise(frame: pd.DataFrame,  # of `collect`
               recipe: Recipe, stage: str,
              ) -> dict:
@@ -145,7 +163,7 @@ def find_published(table: pd.DataFrame, metric: str = 'miou', **where: str) -> d
     if len(rows) > 1: raise ValueError(f'{len(rows)} published values for {where}; name more columns')
     return rows[['value', 'std']].iloc[0].dropna().to_dict() if len(rows) else {}
 
-# %% ../nbs/15_report.ipynb #cell-19
+# %% ../nbs/15_report.ipynb #cell-23
 def compared(experiment: str) -> list[Recipe]:
     "The methods of an experiment's main table: no ablations, and nothing that only serves as a start for others."
     recipes = _recipes(experiment)
@@ -156,7 +174,7 @@ def _references(recipe: Recipe) -> Iterable[dict]:
     data, same = PUBLISHED_DATA.get(recipe.data.dataset, ((None,), False))
     return [{'data': d, 'same_data': same, 'same_schedule': recipe.experiment == recipe.data.dataset} for d in data]
 
-# %% ../nbs/15_report.ipynb #cell-21
+# %% ../nbs/15_report.ipynb #cell-25
 def accuracy_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -> pd.DataFrame:
     "mIoU of each method's last stage beside the published one (ScaleProtoSeg, Tables 1, 5 and 6)."
     import pandas as pd
@@ -169,7 +187,7 @@ def accuracy_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame
                          **compare(ours, theirs, **ref)})
     return pd.DataFrame(rows, dtype=object).drop(columns='prototypes')
 
-# %% ../nbs/15_report.ipynb #cell-25
+# %% ../nbs/15_report.ipynb #cell-29
 STEPS = (   # method, our stage, step of Table 2
     ('protoseg', 'project', ''), ('protoseg', 'finetune', 'project'), ('protoseg', 'prune_finetune', 'pruned'),
     ('scaleprotoseg', 'project', ''), ('scaleprotoseg', 'finetune', 'project'),
@@ -189,7 +207,7 @@ def steps_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -
                      **ours, **compare(ours, find_published(reference, **where), **ref)})
     return pd.DataFrame(rows, dtype=object)
 
-# %% ../nbs/15_report.ipynb #cell-29
+# %% ../nbs/15_report.ipynb #cell-33
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     "The table as text: two decimals, and `—` for what is missing."
     import pandas as pd
@@ -212,7 +230,7 @@ def save_table(table: pd.DataFrame,
 
 def _with_ending(path: Path, ending: str) -> Path: return path.with_name(path.name + ending)
 
-# %% ../nbs/15_report.ipynb #cell-30
+# %% ../nbs/15_report.ipynb #cell-34
 def save_figure(fig: Figure,
                 path: str | Path,   # without ending
                 caption: str = '',
@@ -227,7 +245,7 @@ def save_figure(fig: Figure,
         replace_file(_with_ending(path, f'.{kind}'), write)
     return _with_ending(path, '.png')
 
-# %% ../nbs/15_report.ipynb #cell-33
+# %% ../nbs/15_report.ipynb #cell-37
 def provenance_text(frame: pd.DataFrame) -> str:
     "Which runs a result rests on: seeds, data, device, commit, recipes, duration, date."
     if not len(frame): return 'No finished run.'
@@ -257,7 +275,7 @@ def last_runs(frame: pd.DataFrame, recipes: Iterable[Recipe], seed: int) -> pd.D
     keys = {(r.method, r.variant, r.last.name, seed) for r in recipes}
     return frame[[key in keys for key in zip(frame.method, frame.variant, frame.stage, frame.seed)]]
 
-# %% ../nbs/15_report.ipynb #cell-36
+# %% ../nbs/15_report.ipynb #cell-40
 METHOD_NAMES = {'deeplabv2': 'DeepLabv2', 'unet': 'U-Net', 'protoseg': 'ProtoSeg', 'scaleprotoseg': 'ScaleProtoSeg'}
 
 def open_split(recipe: Recipe, role: str,  # train, push or val
@@ -284,7 +302,7 @@ def busiest_classes(model: Model, n: int = 1,
         order = [c] + [d for d in order if d != c]
     return order[:n]
 
-# %% ../nbs/15_report.ipynb #cell-38
+# %% ../nbs/15_report.ipynb #cell-42
 def plot_comparison(samples: list[Sample],
                     predictions: Mapping[str, list[Tensor]],  # title -> a label map (H, W) per sample
                     labels: Labels, width: float = 9.,        # inches
@@ -308,7 +326,7 @@ def plot_comparison(samples: list[Sample],
                loc='outside lower center', ncols=min(10, len(here)), fontsize=9, handlelength=1)
     return fig
 
-# %% ../nbs/15_report.ipynb #cell-41
+# %% ../nbs/15_report.ipynb #cell-45
 _TYPES = {'str': str, 'int': int, 'float': (int, float), 'bool': bool, 'list': (list, tuple), 'dict': dict}
 
 def notebook_parameters(notebook: str | Path) -> dict[str, dict]:
@@ -335,7 +353,7 @@ def check_parameters(notebook: str | Path, parameters: Mapping):
         if right and (not isinstance(value, right) or isinstance(value, bool) and kind != 'bool'):
             raise TypeError(f'parameter {name} of {notebook} is {kind}, got {value!r}')
 
-# %% ../nbs/15_report.ipynb #cell-44
+# %% ../nbs/15_report.ipynb #cell-48
 class NotebookFailed(ValueError):
     "A cell of a notebook raised an error."
 
@@ -369,7 +387,7 @@ def _execute(source: Path, parameters: dict):
         except papermill.PapermillExecutionError as e:
             raise NotebookFailed(f'{source}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
 
-# %% ../nbs/15_report.ipynb #cell-45
+# %% ../nbs/15_report.ipynb #cell-49
 def without_machine_paths(x, roots: Iterable[tuple[str, str]] | None = None):
     "A nested structure of a notebook with the paths of this machine in its strings shortened; pictures are left alone."
     roots = list(_machine_roots()) if roots is None else roots
@@ -390,7 +408,7 @@ def _machine_roots():
         yield root, pairs[root]
         yield root[:-1], '.' if not pairs[root] else '…'
 
-# %% ../nbs/15_report.ipynb #cell-48
+# %% ../nbs/15_report.ipynb #cell-52
 @dataclass(frozen=True)
 class PaperNotebook:
     "A notebook `nbs/paper/<paper>/<name>.ipynb` and the datasets that it is for."
@@ -417,7 +435,7 @@ def main_table(experiment: str) -> str:
     "Name of the published table of accuracies to compare with."
     return 'scaleprotoseg_' + next(name for _, name in paper_notebooks(experiment) if name in ('table_01', 'table_05'))
 
-# %% ../nbs/15_report.ipynb #cell-51
+# %% ../nbs/15_report.ipynb #cell-55
 _STYLE = '''
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff;
@@ -446,7 +464,7 @@ def _html_table(rows: list[list[str]]) -> str:  # the first row is the head
 
 def _html_frame(table: pd.DataFrame) -> str: return _html_table([list(table), *shown(table).values.tolist()])
 
-# %% ../nbs/15_report.ipynb #cell-52
+# %% ../nbs/15_report.ipynb #cell-56
 def _read_table(path: Path) -> str:
     "Html of a table saved by `save_table`, the columns that say nothing left out, and its caption."
     import pandas as pd
@@ -470,7 +488,7 @@ def read_title(notebook: Path) -> tuple[str, str]:
     return (next((line[2:] for line in lines if line.startswith('# ')), notebook.stem),
             next((line[2:] for line in lines if line.startswith('> ')), ''))
 
-# %% ../nbs/15_report.ipynb #cell-53
+# %% ../nbs/15_report.ipynb #cell-57
 def _belongs(path: Path, name: str) -> bool: return path.stem == name or path.stem.startswith(f'{name}_')
 
 def _section(folder: Path, name: str) -> str:
@@ -494,7 +512,7 @@ def _sections(folder: Path, experiment: str) -> str:
     return ''.join(f'<h2 id="{p}">{title}</h2>' + ''.join(_section(folder / p, n) for q, n in names if q == p)
                    for p, title in _papers(experiment).items())
 
-# %% ../nbs/15_report.ipynb #cell-54
+# %% ../nbs/15_report.ipynb #cell-58
 def _what_was_run(frame: pd.DataFrame, experiment: str) -> dict[str, str]:
     "Methods, time, memory and provenance of an experiment, as text."
     methods = [r.name.split('/')[1] for r in _recipes(experiment)]
@@ -529,7 +547,7 @@ def _cells(markdown: str) -> list[list[str]]:
     lines = [[c.strip() for c in line.strip('| ').split('|')] for line in markdown.splitlines() if line.startswith('|')]
     return [line for line in lines if not all(set(c) <= set('-: ') for c in line)]
 
-# %% ../nbs/15_report.ipynb #cell-55
+# %% ../nbs/15_report.ipynb #cell-59
 def build_report(experiment: str, figures: str | Path = 'figures', runs: str | Path = 'runs',
                  folder: str | Path = 'data/published',  # of the published tables
                 ) -> Path:

@@ -63,7 +63,7 @@ def runs(tmp_path):
     folder = tmp_path / 'runs'
     for seed, miou in enumerate((.50, .52, .57)):
         finish(folder, 'demo', 'scaleprotoseg', 'threshold', seed, miou, alive=100, active=60 + seed, total=120)
-    finish(folder, 'demo', 'protoseg', 'finetune', 0, .48, alive=90, total=100)
+    for stage in ('finetune', 'prune_finetune'): finish(folder, 'demo', 'protoseg', stage, 0, .48, alive=90, total=100)
     return folder
 
 
@@ -78,8 +78,8 @@ def test_collect_has_a_row_per_finished_stage_and_seed(runs):
     (runs / 'demo/protoseg/seed0/other').mkdir()                    # not a stage
     frame = collect(runs, 'demo')
     assert list(zip(frame.method, frame.stage, frame.seed)) == [
-        ('protoseg', 'finetune', 0), *(('scaleprotoseg', 'threshold', s) for s in range(3))]
-    assert frame.accuracy.unique().tolist() == [75.] and frame.seconds.sum() == 120
+        ('protoseg', 'finetune', 0), ('protoseg', 'prune_finetune', 0), *(('scaleprotoseg', 'threshold', s) for s in range(3))]
+    assert frame.accuracy.unique().tolist() == [75.] and frame.seconds.sum() == 150
 
 
 def test_collect_works_from_metrics_alone(tmp_path):
@@ -89,7 +89,7 @@ def test_collect_works_from_metrics_alone(tmp_path):
 
 
 def test_collect_leaves_out_what_another_recipe_made(runs):
-    (runs / 'demo/protoseg/seed0/finetune/recipe.json').write_text('"0123456789ab"')
+    for stage in ('finetune', 'prune_finetune'): (runs / f'demo/protoseg/seed0/{stage}/recipe.json').write_text('"0123456789ab"')
     with pytest.warns(UserWarning, match='0123456789ab'): frame = collect(runs, 'demo')
     assert 'protoseg' not in set(frame.method)
 
@@ -156,21 +156,6 @@ def test_steps_count_used_prototypes_after_grouping(runs):
 
 
 # published numbers
-
-@pytest.mark.parametrize('path', sorted(PUBLISHED.glob('*.csv')), ids=lambda p: p.stem)
-def test_every_published_value_has_a_source(path):
-    table = published(path.stem, PUBLISHED)
-    assert list(table) == COLUMNS and len(table)
-    assert pd.api.types.is_numeric_dtype(table.value) and (table.source != '').all() and (table.data != '').all()
-    assert table[table.value.isna()].note.str.contains('lost').all()
-    keys = ['method', 'step', 'setting', 'data', 'metric']
-    assert not table.duplicated(keys).any()
-
-
-def test_all_tables_of_the_papers_are_there():
-    names = {p.stem for p in PUBLISHED.glob('*.csv')}
-    assert names == {f'scaleprotoseg_table_{i:02d}' for i in range(1, 11)} | {'protoseg_supplement_table_01'}
-
 
 def test_published_numbers_that_papers_repeat_agree():
     steps, sweep = published('scaleprotoseg_table_02', PUBLISHED), published('scaleprotoseg_table_07', PUBLISHED)
