@@ -12,6 +12,7 @@ import http.client
 import json
 import re
 import shutil
+import sys
 import tarfile
 import urllib.error
 import urllib.parse
