@@ -25,8 +25,8 @@ install: $(VENV)/.installed  ## virtual environment with everything
 reproduce: install  ## train, explain and report EXPERIMENT (default: demo); continues an interrupted run
 	$(BIN)/scaleprotoseg reproduce --experiment $(EXPERIMENT) --cores $(CORES) --device $(DEVICE) $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
 
-test: install    ## all tests, the smoke graph and every notebook
-	$(BIN)/python -m pytest
+test: install    ## all tests but the slow ones, the smoke graph and every notebook
+	$(BIN)/python -m pytest -m 'not slow'
 
 lab: install     ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=.
