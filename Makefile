@@ -4,6 +4,7 @@ VENV       := .venv
 BIN        := $(VENV)/bin
 EXPERIMENT ?= demo
 DEVICE     ?= auto
+PRECISION  ?= 32-true
 DATA_ROOT  ?=
 CORES      ?= 0
 
@@ -23,7 +24,7 @@ $(VENV)/.installed: pyproject.toml
 install: $(VENV)/.installed  ## virtual environment with everything
 
 reproduce: install  ## train, explain and report EXPERIMENT (default: demo); continues an interrupted run
-	$(BIN)/scaleprotoseg reproduce --experiment $(EXPERIMENT) --cores $(CORES) --device $(DEVICE) $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
+	$(BIN)/scaleprotoseg reproduce --experiment $(EXPERIMENT) --cores $(CORES) --device $(DEVICE) --precision $(PRECISION) $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
 
 test: install    ## all tests but the slow ones, the smoke graph and every notebook
 	$(BIN)/python -m pytest -m 'not slow'

@@ -8,6 +8,7 @@ from scaleprotoseg.report import notebook_parameters, paper_notebooks
 EXPERIMENT = config.get("experiment", "demo")
 DATA_ROOT = config.get("data_root", "")
 DEVICE = config.get("device", "auto")
+PRECISION = config.get("precision", "32-true")
 RECIPES = {r.name.split("/")[1]: r for r in recipes_of(EXPERIMENT)}
 PAPERS = [f"{paper}/{name}" for paper, name in paper_notebooks(EXPERIMENT)]
 
@@ -52,7 +53,7 @@ rule train:
         data=f"--data-root {quote(DATA_ROOT)}" if DATA_ROOT else "",
     shell:
         "scaleprotoseg run {EXPERIMENT} {params.method} {params.variant} --seed {wildcards.seed} "
-        "--device {DEVICE} {params.data} --marker {output}"
+        "--device {DEVICE} --precision {PRECISION} {params.data} --marker {output}"
 
 
 rule read:
