@@ -197,7 +197,7 @@ def read_mat(path: str | Path) -> Tensor:  # (H, W) int64, 0..20
     "A label map of SBD. ImportError without scipy, FileNotFoundError if missing, ValueError if it cannot be read."
     try: from scipy.io import loadmat
     except ImportError as e:
-        raise ImportError(f'{path} needs scipy: pip install scipy. Or use the folder SegmentationClassAug.') from e
+        raise ImportError(f"{path} needs scipy: pip install 'scaleprotoseg[sbd]'. Or use the folder SegmentationClassAug.") from e
     if not Path(path).is_file(): raise FileNotFoundError(f'{path} does not exist (expected a label map of SBD)')
     try: raw = np.asarray(loadmat(path)['GTcls'][0]['Segmentation'][0])
     except Exception as e:   # loadmat answers damage with errors of many kinds
@@ -315,6 +315,7 @@ class Cityscapes(_Reader):
     `Sample.parts`. `human_artefact`: keep part id 5 of person and rider as a part, as the published preprocessing does.
     Raises FileNotFoundError with the tree.
     """
+    grey = True   # label files are greyscale
     labels = CITYSCAPES
     mapping: ClassVar[dict[int, int]] = {**dict.fromkeys(range(34), -1), **CITYSCAPES_IDS}
     tree: ClassVar[str] = """
@@ -394,6 +395,7 @@ ADE20K_NAMES = tuple((
 @register_dataset('ade20k')
 class ADE20K(_Twins):
     "ADE20K scene parsing (ADEChallengeData2016), 150 classes. Splits: train (20,210), val (2,000)."
+    grey = True   # label files are greyscale
     labels = Labels(ADE20K_NAMES, palette(150))
     mapping: ClassVar[dict[int, int]] = {v: v - 1 for v in range(151)}
     tree: ClassVar[str] = """

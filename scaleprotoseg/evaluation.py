@@ -7,6 +7,7 @@ __all__ = ['Evaluation', 'starts', 'windows', 'enlarged_logits', 'segment', 'eva
            'export_predictions']
 
 # %% ../nbs/09_evaluation.ipynb #cell-03
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .data import Dataset, read_ahead
 from .metrics import confusion
-from .model import POSITIONS, Model, replace_file
+from .model import POSITIONS, Model, replace_file, write_json
 
 # %% ../nbs/09_evaluation.ipynb #cell-05
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Evaluation:
 
     def __post_init__(self):
         if self.size and self.shorter: raise ValueError(f'an image is resized to size={self.size} or to shorter={self.shorter}, not both')
+        if self.window and min(self.window) < 1: raise ValueError(f'window={self.window}: expected a height and a width of at least 1')
         if not 0 <= self.overlap < 1: raise ValueError(f'overlap={self.overlap}: expected 0 <= overlap < 1')
 
     @classmethod
@@ -43,7 +45,7 @@ class Evaluation:
     def resize(self, image: Tensor) -> Tensor:  # (B, 3, H, W), any -> resized
         "The image as the model sees it."
         H, W = image.shape[-2:]
-        size = self.size or self.shorter and tuple(round(n * self.shorter / min(H, W)) for n in (H, W)) or (H, W)
+        size = self.size or self.shorter and tuple(n * self.shorter // min(H, W) for n in (H, W)) or (H, W)    # rounded down as torchvision does
         return image if size == (H, W) else F.interpolate(image, size, mode='bilinear', align_corners=False)
 
 # %% ../nbs/09_evaluation.ipynb #cell-09
@@ -119,10 +121,17 @@ def save_prediction(path: Path, label: np.ndarray, dataset: Dataset):  # label: 
 # %% ../nbs/09_evaluation.ipynb #cell-19
 def export_predictions(model: Model, dataset: Dataset, folder: str | Path, device: torch.device,
                        how: Evaluation = Evaluation(),  # noqa: B008, frozen
+                       source: str = '',                # what makes the files: model, split, protocol
                       ) -> int:                         # files written
-    "Write `folder/ID.png` for every image; those that are there already are kept, so that an interrupted export goes on."
+    """Write `folder/ID.png` for every image; those that are there already are kept, so that an interrupted export goes on.
+
+    `predictions.json` holds `source`; ValueError for a folder of another one."""
     folder, written = Path(folder), 0
     folder.mkdir(parents=True, exist_ok=True)
+    note = folder / 'predictions.json'
+    if note.is_file() and (found := json.loads(note.read_text())['source']) != source:
+        raise ValueError(f'{folder} holds predictions of {found!r}, not of {source!r}; choose another folder')
+    write_json(note, {'source': source})
     for i in tqdm([i for i, name in enumerate(dataset.ids) if not (folder / f'{name}.png').is_file()], desc='predictions', mininterval=2):
         sample = dataset[i]
         label = segment(model, sample.image[None].to(device), how)[0].cpu().numpy()

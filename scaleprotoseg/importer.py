@@ -606,6 +606,7 @@ def import_checkpoint(file: str | Path, out: str | Path,
                       inputs: Sequence[float] | None = None,                # sizes of further copies of the image, see `find_inputs`
                       backbone: Mapping | None = None,                      # options of the backbone, see `convert`
                       names: Mapping[str, Sequence[str]] | None = None,     # replaces entries of `NAMES`
+                      evaluation: Mapping | None = None,                    # how images are fed, fields of `Evaluation`; None: as they are
                      ) -> Path:                                             # `out`, a finished stage
     """Convert a pickled checkpoint of the published programs into a new folder that `scaleprotoseg.load` opens.
 
@@ -616,7 +617,7 @@ def import_checkpoint(file: str | Path, out: str | Path,
     labels = find_labels(labels, config['classes'])
     with open(file, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
     with new_folder(out) as folder:
-        save_model(model, {**config, 'labels': labels.to_dict(), 'recipe': '', 'stage': 'imported'}, folder)
+        save_model(model, {**config, 'labels': labels.to_dict(), 'evaluation': dict(evaluation or {}), 'recipe': '', 'stage': 'imported'}, folder)
         write_json(folder / 'prototypes.json', [])
         save_sheet(np.zeros((0, 64, 64, 3), np.uint8), folder / 'patches.webp')
         write_json(folder / 'provenance.json', {

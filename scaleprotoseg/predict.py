@@ -20,7 +20,7 @@ from .data import Labels, image_to_tensor, read_image
 from .evaluation import Evaluation, segment
 from .explain import (Atlas, as_picture, evidence_kind, evidence_maps, evidence_names,
                                    evidence_weights, overlay, read_atlas, scale_names)
-from .model import POSITIONS, Model, Output, load_model, read_config
+from .model import POSITIONS, Model, Output, load_model, pick_device, read_config
 from .projection import Source
 from .recipes import RECIPES
 from .runs import is_finished
@@ -264,16 +264,17 @@ def _members(model, similarities, atlas):
 
 # %% ../nbs/14_predict.ipynb #cell-25
 def load(run_dir: str | Path,   # a finished stage, or runs/EXPERIMENT/METHOD/seedK
-         device: str | torch.device = 'cpu'
+         device: str | torch.device = 'cpu',
+         best: bool = False   # the weights of the best validation during training instead of the last ones
         ) -> Predictor:
     """A trained model, ready to predict and explain; relative folders are also looked up in the folders above.
 
     Raises FileNotFoundError for missing or unfinished runs, ValueError for damaged files; messages name the file."""
-    folder, device = last_stage(run_dir), torch.device(device)
+    folder, device = last_stage(run_dir), pick_device(device)
     config = read_config(folder)
     try: labels = Labels.from_dict(config['labels'])
     except (KeyError, TypeError) as e: raise ValueError(f'{folder}/config.json names no classes ({e!r})') from e
-    model = load_model(folder).to(device)
+    model = load_model(folder, 'best_' if best else '').to(device)
     has_atlas = model.prototypes is not None and (folder / 'prototypes.json').is_file()
     return Predictor(model, labels, folder, device, read_atlas(folder) if has_atlas else None,
                      Evaluation.from_dict(config.get('evaluation', {})))

@@ -6,13 +6,13 @@
 __all__ = ['RECIPES', 'EM_STEPS', 'STEPS', 'aug', 'Train', 'Stage', 'Data', 'chosen', 'Recipe', 'blackbox', 'projected',
            'protoseg', 'scaleprotoseg', 'add_recipes', 'find_recipe', 'experiments', 'recipes_of', 'partscapes_recipes',
            'em_recipes', 'em_supplement', 'pretrained_recipes', 'published_data', 'changed', 'in_stage', 'legacy',
-           'taus', 'protoseg_ablations', 'camvid']
+           'taus', 'coco_weights', 'protoseg_ablations', 'camvid']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 
 from .data import lookup
@@ -42,6 +42,7 @@ class Train:
 
     def __post_init__(self):
         if self.steps < 1: raise ValueError(f'a training stage needs at least one step, got {self.steps}')
+        lookup(dict.fromkeys(('adam', 'sgd')), self.optimizer, 'optimizer')
         if self.views and {'trunk', 'aspp', 'prototypes'} & set(self.lr):
             raise ValueError(f'views={self.views} fixes the similarities, but {sorted(self.lr)} would change them')
 
@@ -58,6 +59,10 @@ class Stage:
     k: int | None = None         # prune: nearest patches looked at
     keep: int | None = None      # prune: how many of them must show the prototype's class
     legacy: tuple[str, ...] = () # project: 'touched' cells are eligible, 'absent' classes are projected (spec 4.6)
+
+    def __post_init__(self):
+        lookup(dict.fromkeys(('train', 'project', 'prune', 'threshold')), self.kind, 'kind of stage')
+        for name in self.legacy: lookup(dict.fromkeys(('touched', 'absent')), name, 'legacy rule of projection')
 
 # %% ../nbs/10_recipes.ipynb #cell-06
 @dataclass(frozen=True)
@@ -89,7 +94,10 @@ class Recipe:
     variant: str = ''            # an ablation, a backbone flavour or a split
     init: str | None = None      # method whose trained trunk is the start
     seeds: tuple[int, ...] = (0,)
-    notes: Mapping[str, str] = field(default_factory=dict)   # where a value comes from, or why it differs
+
+    def __post_init__(self):
+        if self.model['backbone'].get('inputs') and any(s.train and s.train.views for s in self.stages):
+            raise ValueError(f'{self.name}: views keep one similarity map per image, but input scales have one loss each')
 
     @property
     def name(self) -> str: return '/'.join([self.experiment, self.method + (f'-{self.variant}' if self.variant else '')])
@@ -262,7 +270,8 @@ def em_recipes(experiment: str, width: int, channels: int, crop: int, batch: int
     group_joint = Train(steps['group_joint'], dict(groups=group_lr, last=group_lr), batch, power=.9, l1=1e-4, entropy=.05, views=views)
     recipe = lambda method, model, stages: Recipe(experiment, method, data, {**net, **model}, stages, seeds=seeds)
     return [
-        recipe('unet', dict(scales=1, activation='none'), blackbox(joint(network), 'direct')),
+        # the features between U-Net and ASPP are as many as the prototype models'
+        recipe('unet', dict(scales=1, activation='none', backbone={**net['backbone'], 'features': channels}), blackbox(joint(network), 'direct')),
         recipe('linear', dict(scales=1), blackbox(joint({**network, 'last': lr}), 'pixel')),
         recipe('protoseg', dict(scales=1, per_class=10), protoseg(**stage1)),
         recipe('scaleprotoseg', dict(scales=4, per_class=3, groups=3), scaleprotoseg(**stage1, group_joint=group_joint))]
@@ -348,8 +357,8 @@ def in_stage(name: str, value):
 
 # %% ../nbs/10_recipes.ipynb #cell-35
 def legacy(recipe: Recipe, projection: tuple[str, ...]) -> Recipe:
-    "The published program with its faults: shifted labels in the diversity loss, its projection (spec 3.3, 4.6)."
-    r = changed(recipe, 'legacy', legacy_labels=True)
+    "The published program with its faults: ProtoSeg's shifted labels in the diversity loss, its projection (spec 3.3, 4.6)."
+    r = changed(recipe, 'legacy', legacy_labels=recipe.method == 'protoseg')
     return replace(r, stages=tuple(replace(s, legacy=projection) if s.kind == 'project' else s for s in r.stages))
 
 def taus(recipe: Recipe, values: tuple[float, ...]) -> Recipe:
@@ -358,21 +367,27 @@ def taus(recipe: Recipe, values: tuple[float, ...]) -> Recipe:
     more = tuple(replace(r.last, name=f'threshold_{tau:g}', tau=tau) for tau in values)
     return replace(r, stages=r.stages[:-1] + more + r.stages[-1:])
 
+def coco_weights(r: Recipe) -> dict:
+    "The backbone from DeepLabv1's COCO weights (spec 1.6), a file below the data root."
+    return {**r.model['backbone'], 'weights': 'weights/deeplabv1_resnet101_coco.pth'}
+
 def protoseg_ablations(r: Recipe) -> list[Recipe]:
     "ProtoSeg, supplement, Table 1; without the diversity loss; from COCO weights."
-    coco = {**r.model['backbone'], 'weights': 'weights/deeplabv1_resnet101_coco.pth'}     # spec 1.6; a file below the data root
     return [*(changed(r, f'k{k}', {'per_class': k}) for k in (4, 20, 50)), *(changed(r, f'd{d}', {'channels': d}) for d in (128, 256)),
             changed(r, 'joint2x', steps=in_stage('joint', lambda n: 2 * n)), changed(r, 'no_diversity', diversity=0.),
-            changed(r, 'coco', {'backbone': coco})]
+            changed(r, 'coco', {'backbone': coco_weights(r)})]
 
 for name in ('cityscapes', 'pascal', 'ade20k', 'cocostuff'):
     proto, scale = find_recipe(name, 'protoseg'), find_recipe(name, 'scaleprotoseg')
-    sgd = changed(find_recipe(name, 'deeplabv2'), 'sgd', optimizer='sgd', bias_lr=2., bias_decay=False, batch=5, accumulate=2,
+    box = find_recipe(name, 'deeplabv2')
+    sgd = changed(box, 'sgd', optimizer='sgd', bias_lr=2., bias_decay=False, batch=5, accumulate=2,
                   lr=lambda lr, stage: dict(trunk=2.5e-4, aspp=2.5e-3))
-    more = dict(pascal=protoseg_ablations(proto), cityscapes=[r for r in protoseg_ablations(proto) if r.variant in ('no_diversity', 'coco')])
+    from_coco = replace(sgd, variant='sgd_coco', model={**box.model, 'backbone': coco_weights(box)})
+    more = dict(pascal=[from_coco, *protoseg_ablations(proto)], cityscapes=[r for r in protoseg_ablations(proto) if r.variant in ('no_diversity', 'coco')])
     add_recipes(sgd, *more.get(name, ()), legacy(proto, ('touched', 'absent') if name in ('cityscapes', 'pascal') else ('absent',)),
-                changed(scale, 'no_entropy', entropy=0.), taus(scale, (.01, .1)))
+                legacy(scale, ('absent',)), changed(scale, 'no_entropy', entropy=0.), taus(scale, (.01, .1)))
 
+add_recipes(legacy(find_recipe('em', 'protoseg'), ('touched', 'absent')))
 aug = find_recipe('pascal', 'scaleprotoseg')
 add_recipes(changed(aug, 'push_train_aug', data={'splits': {**aug.data.splits, 'push': {'split': 'train_aug'}}}))
 

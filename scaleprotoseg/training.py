@@ -34,7 +34,7 @@ from .evaluation import evaluate
 from .heads import GroupHead
 from .losses import cross_entropy, diversity, group_entropy, legacy_labels, off_class_l1
 from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
-from .model import (POSITIONS, Model, Output, build_model, load_weights, read_config, read_tensors, save_model,
+from .model import (POSITIONS, Model, Output, build_model, load_weights, pick_device, read_config, read_tensors, save_model,
                                  save_weights, write_json)
 from .projection import Projection, save_sheet, touched, trace
 from .pruning import NearestPatches
@@ -185,9 +185,12 @@ def model_config(recipe: Recipe, stage: Stage, labels) -> dict:
             'evaluation': asdict(recipe.data.evaluation), 'recipe': recipe.name, 'stage': stage.name}
 
 def initial_backbone(job: Job) -> dict:
-    "The recipe's backbone with its initial weights; a file of weights is one below the data root."
-    backbone = dict(job.recipe.model['backbone'])
-    if Path(str(backbone.get('weights') or '')).suffix: backbone['weights'] = str((job.data_root or Path('data')) / backbone['weights'])
+    "The recipe's backbone with its initial weights: a file below the data root if it names one, or if `weights/ARCH.pth` is there."
+    backbone, root = dict(job.recipe.model['backbone']), job.data_root or Path('data')
+    if not (name := backbone.get('weights')): return backbone
+    local = root / 'weights' / f'{backbone["arch"]}.pth'
+    if Path(name).suffix: backbone['weights'] = str(root / name)
+    elif local.is_file(): backbone['weights'] = str(local)         # instead of a download
     return backbone
 
 def start_model(job: Job, labels) -> tuple[Model, dict]:
@@ -270,13 +273,14 @@ def train_stage(job: Job, model: Model) -> dict:
     position |= load_resume(job.folder / 'resume.safetensors', model, optimizer) or {}
     if position['step']: print(f'{job.folder}: continuing at step {position["step"]} of {train.steps}', file=sys.stderr)
     earlier = position['sessions']
-    _loop(job, model, forward, optimizer, source, position)
-    return {'steps': train.steps, 'seconds_training': round(position['seconds'], 1), 'earlier': earlier}
+    counts = _loop(job, model, forward, optimizer, source, position)
+    best = {'best': {'step': position['best_step'], 'miou': position['best']}} if train.eval_every else {}
+    return {'steps': train.steps, **best, 'seconds_training': round(position['seconds'], 1), 'earlier': earlier, 'counts': counts}
 
 # %% ../nbs/12_training.ipynb #cell-19
 def _loop(job, model, forward, optimizer, source, position):
     train, start, saved = job.stage.train, time.monotonic(), time.monotonic()
-    seconds, earlier = position['seconds'], position['sessions']
+    seconds, earlier, counts = position['seconds'], position['sessions'], None
     resume, log = job.folder / 'resume.safetensors', Log(job.folder / 'log.csv', position['step'])
     workers = 0 if job.recipe.data.in_memory else max(0, min(8, (os.cpu_count() or 1) - 1))
     batches = source.loader(position['step'] * train.accumulate, train.steps * train.accumulate, workers)
@@ -298,13 +302,15 @@ def _loop(job, model, forward, optimizer, source, position):
         log.write(row)
         spent = time.monotonic() - start
         position |= {'step': step + 1, 'seconds': seconds + spent, 'sessions': [*earlier, job.session(spent)]}
-        if train.eval_every and (step + 1) % train.eval_every == 0: _keep_best(job, model, position)
+        if train.eval_every and ((step + 1) % train.eval_every == 0 or step + 1 == train.steps):
+            counts = _keep_best(job, model, position)
         why = job.stop()
         if why or step + 1 == train.steps or time.monotonic() - saved >= SAVE_SECONDS:   # at the end too: validation may take long
             save_resume(resume, model, optimizer, position)
             saved = time.monotonic()
         if why: log.close(); raise Interrupted(f'{job.folder}: {why} after step {step + 1} of {train.steps}; the same command continues it')
     log.close()
+    return counts
 
 def _backward(fabric, forward, batch, want, model, train):
     x, labels = fabric.to_device(batch)
@@ -313,11 +319,12 @@ def _backward(fabric, forward, batch, want, model, train):
     return losses
 
 def _keep_best(job, model, position):
-    miou = mean_iou(evaluate(model, job.data('val'), job.fabric.device, job.recipe.data.evaluation, check_stop=job.check_stop))
-    if miou > position['best']:
-        position['best'] = miou
+    counts = evaluate(model, job.data('val'), job.fabric.device, job.recipe.data.evaluation, check_stop=job.check_stop)
+    if (miou := mean_iou(counts)) > position['best']:
+        position |= {'best': miou, 'best_step': position['step']}
         save_weights(model, job.folder, _moves_backbone(job.stage), 'best_')
     model.train_only_(job.stage.train.lr, job.stage.train.batch_norm)
+    return counts
 
 def _moves_backbone(stage: Stage) -> bool: return bool(stage.train and {'trunk', 'aspp'} & set(stage.train.lr))
 
@@ -448,9 +455,10 @@ def make_fabric(device: str, precision: str):
     from lightning.fabric import Fabric   # slow to import, needed nowhere else
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     if precision not in PRECISIONS: raise ValueError(f'cannot use device {device!r} with precision {precision!r}; known: {", ".join(PRECISIONS)}')
-    try: return Fabric(accelerator=device, devices=1, precision=precision)
+    place = pick_device(device)
+    try: return Fabric(accelerator=place.type, devices=1 if place.index is None else [place.index], precision=precision)
     except (MisconfigurationException, RuntimeError, ValueError) as e:
-        raise ValueError(f'cannot use device {device!r} with precision {precision!r} (known: auto, cpu, cuda, mps; e.g. 32-true): {e}') from e
+        raise ValueError(f'cannot use device {device!r} with precision {precision!r}: {e}') from e
 
 # %% ../nbs/12_training.ipynb #cell-31
 def run_stage(experiment: str, method: str, stage: str, variant: str = '', seed: int = 0,
@@ -484,8 +492,9 @@ def find_equal(job: Job, data: dict) -> Path | None:
     digest = job.recipe.digest(job.stage.name)
     for note in sorted(job.out.glob(f'*/*/seed{job.seed}/{job.stage.name}/recipe.json')):
         folder = note.parent
-        if folder != job.folder and is_finished(folder) and json.loads(note.read_text()) == digest \
-                and json.loads((folder / 'provenance.json').read_text())['data'] == data: return folder
+        if folder == job.folder or not is_finished(folder) or json.loads(note.read_text()) != digest: continue
+        made = json.loads((folder / 'provenance.json').read_text())
+        if all(made.get(k) == v for k, v in {'data': data, **{k: job.session(0)[k] for k in ('device', 'precision')}}.items()): return folder
     return None
 
 def adopt(job: Job, source: Path):
@@ -517,9 +526,10 @@ def _finish(job, model, config, data, facts, started):
     inherited += [] if job.stage.kind == 'prune' else ['prune.json']
     for name in inherited:
         if job.parent and (job.parent / name).is_file(): link(job.parent / name, folder / name)
-    earlier = facts.pop('earlier', [])
-    counts = evaluate(model.to(job.fabric.device), job.data('val'), job.fabric.device, job.recipe.data.evaluation,
-                      f'{job.recipe.name} {job.stage.name} validation', job.check_stop)
+    earlier, counts = facts.pop('earlier', []), facts.pop('counts', None)     # the last step may have been validated already
+    if counts is None:
+        title = f'{job.recipe.name} {job.stage.name} validation'
+        counts = evaluate(model.to(job.fabric.device), job.data('val'), job.fabric.device, job.recipe.data.evaluation, title, job.check_stop)
     measured = {'stage': job.stage.name, **results(model, counts, job.data('val').labels), **facts, 'memory_mb': peak_memory(job.fabric.device)}
     write_json(folder / 'provenance.json', provenance(job.recipe, job.seed, job.stage.name, data,
                                                       [*earlier, job.session(time.time() - started)]))
