@@ -31,12 +31,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'STEPS', 'METHOD_NAMES', 'PAPER_NOTEBOOKS', 'collect', 'finished_stage', 'published',
-           'recipe_table', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published', 'compared',
-           'accuracy_table', 'steps_table', 'shown', 'save_table', 'save_figure', 'provenance_text', 'duration',
-           'used_runs', 'last_runs', 'open_split', 'used_prototypes', 'busiest_classes', 'plot_comparison',
-           'notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook', 'without_machine_paths',
-           'PaperNotebook', 'paper_notebooks', 'main_table', 'read_title', 'build_report']
+__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'EM_SEED', 'STEPS', 'METHOD_NAMES', 'PAPER_NOTEBOOKS', 'collect', 'main_experiment',
+           'is_ablation', 'finished_stage', 'published', 'recipe_table', 'published_recipe', 'published_recipes',
+           'dataset_key', 'compare', 'summarise', 'whole', 'find_published', 'compared', 'accuracy_table',
+           'steps_table', 'Case', 'size_cases', 'threshold_cases', 'entropy_cases', 'ablation_table', 'shown',
+           'save_table', 'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'open_split',
+           'used_prototypes', 'busiest_classes', 'plot_comparison', 'notebook_parameters', 'check_parameters',
+           'NotebookFailed', 'run_notebook', 'without_machine_paths', 'PaperNotebook', 'paper_notebooks', 'main_table',
+           'read_title', 'build_report']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -44,17 +46,26 @@ COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 't
 
 def collect(runs: str | Path,  # folder of all runs
             experiment: str,
+            with_main: bool = False, # an experiment of ablations together with the one that it varies
            ) -> pd.DataFrame:  # columns `COLUMNS`
     """All finished stages of an experiment; `miou` and `accuracy` in percent, memory in MB.
 
     Prototype counts as in `metrics.json`; a black box has none. Unknown experiments raise KeyError."""
     import pandas as pd
-    rows = [_facts(r, seed, stage.name, folder) for r in _recipes(experiment) for seed in _seeds(runs, r)
+    recipes = _recipes(experiment)
+    if with_main and is_ablation(experiment): recipes = _recipes(main_experiment(experiment)) + recipes
+    rows = [_facts(r, seed, stage.name, folder) for r in recipes for seed in _seeds(runs, r)
             for stage in r.stages if (folder := finished_stage(runs, r, seed, stage.name))]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 def _recipes(experiment: str) -> list[Recipe]:
     return lookup({e: recipes_of(e) for e in experiments()}, experiment, 'experiment')
+
+def main_experiment(experiment: str) -> str:
+    "The experiment that an experiment of ablations varies; any other is its own."
+    return experiment.removesuffix('-ablations')
+
+def is_ablation(experiment: str) -> bool: return experiment != main_experiment(experiment)
 
 def _seeds(runs, recipe) -> list[int]:
     names = [p.name[4:] for p in run_folder(runs, recipe, 0).parent.glob('seed*')]
@@ -101,14 +112,23 @@ def published(name: str,                              # e.g. scaleprotoseg_table
 
 # %% ../nbs/15_report.ipynb #cell-15
 def recipe_table(experiment: str, folder: str | Path = 'data/published') -> pd.DataFrame:
-    "Every published hyper-parameter of an experiment's recipes: method, stage, quantity, ours, published, source, note."
+    """Every published hyper-parameter of an experiment and of what varies it, beside ours.
+
+    Columns: method, variant, stage, quantity, ours, published, source, note. For `pascal` that includes its ablations, for
+    `em` the set-up of ProtoSeg's supplement; `pascal-ablations` and `em-supplement` are those alone. `—` in `ours`: the
+    recipe has no such value; an empty `published`: lost, or none, which the note says."""
     import pandas as pd
-    rows = published_recipes(folder)
-    known = {r.method: r.values() for r in _recipes(experiment) if not r.variant}
-    rows = rows[(rows.dataset == experiment) & (rows.variant == '') & rows.method.isin(known)]
-    ours = [known[r.method].get((r.stage, r.quantity), '—') for r in rows.itertuples()]
-    columns = {'value': 'published'}
-    return pd.DataFrame(rows).assign(ours=ours).rename(columns=columns)[['method', 'stage', 'quantity', 'ours', 'published', 'source', 'note']]
+    _recipes(experiment)
+    known = {(r.experiment, r.method, r.variant): r.values() for e in experiments() for r in recipes_of(e)}
+    rows = [(published_recipe(*row[:3]), row) for row in published_recipes(folder).itertuples(index=False)]
+    columns = ['method', 'variant', 'stage', 'quantity', 'ours', 'published', 'source', 'note']
+    return pd.DataFrame([dict(zip(columns, (*row[1:5], known.get(key, {}).get((row.stage, row.quantity), '—'), *row[5:])))
+                         for key, row in rows if experiment in (row.dataset, key[0])], columns=columns)
+
+def published_recipe(dataset: str, method: str, variant: str) -> tuple[str, str, str]:
+    "Experiment, method and variant of our recipe for one of the transcription; there is none where its value was lost."
+    if variant == 'supplement': return f'{dataset}-supplement', method, ''
+    return dataset + ('-ablations' if variant else ''), method, variant
 
 def published_recipes(folder: str | Path = 'data/published') -> pd.DataFrame:
     "The transcription, all columns as text; FileNotFoundError outside a checkout of the repository."
@@ -123,6 +143,14 @@ PUBLISHED_DATA = {   # dataset -> published data to show beside it, and whether 
     'cocostuff': (('COCO-Stuff val',), True),
     'em': (('EM, split 1', 'EM, split 2'), True),   # which of the two has seed 42 is not published: both are shown
     'partscapes': (('Cityscapes val',), False), 'camvid': (('Cityscapes val',), False)}
+
+EM_SEED = 42   # of the published program's split
+
+def dataset_key(recipe: Recipe) -> str:
+    "A key of `PUBLISHED_DATA`: the dataset, with `, other split` where its validation images are not the published ones."
+    d = recipe.data
+    other = d.dataset == 'em' and d.splits['val'].get('split_seed', EM_SEED) != EM_SEED
+    return d.dataset + (', other split' if other else '')
 
 def compare(ours: Mapping,     # miou, std, runs
             theirs: Mapping,   # value, std; empty if the papers have no such number
@@ -144,13 +172,16 @@ def compare(ours: Mapping,     # miou, std, runs
 def summarise(frame: pd.DataFrame,  # of `collect`
               recipe: Recipe, stage: str,
              ) -> dict:
-    "Mean and sample standard deviation of a stage's mIoU over seeds, mean number of prototypes; None if there is none."
+    """Over seeds: mean and sample standard deviation of a stage's mIoU, mean number of prototypes, and of prototypes in a
+    group; None if there is none."""
     at = frame[(frame.method == recipe.method) & (frame.variant == recipe.variant) & (frame.stage == stage)]
     scores = at.miou.tolist()
     counts = at.active.fillna(at.alive).dropna().astype(float).tolist()
+    groups = at.group_average.dropna().astype(float).tolist()
     return {'miou': statistics.fmean(scores) if scores else None,
             'std': statistics.stdev(scores) if len(scores) > 1 else None, 'runs': len(scores),
-            'prototypes': whole(statistics.fmean(counts)) if counts else None}
+            'prototypes': whole(statistics.fmean(counts)) if counts else None,
+            'group_average': statistics.fmean(groups) if groups else None}
 
 def whole(x: float) -> int | float:
     "A mean of counts: an integer if it is one."
@@ -165,29 +196,37 @@ def find_published(table: pd.DataFrame, metric: str = 'miou', **where: str) -> d
 
 # %% ../nbs/15_report.ipynb #cell-23
 def compared(experiment: str) -> list[Recipe]:
-    "The methods of an experiment's main table: no ablations, and nothing that only serves as a start for others."
+    """What an experiment's main table compares, without what only serves as a start for others.
+
+    The methods; in an experiment of ablations, all of them."""
     recipes = _recipes(experiment)
     starts = {r.init for r in recipes}
-    return [r for r in recipes if not r.variant and r.method not in starts]
+    return [r for r in recipes if (not r.variant or is_ablation(experiment)) and r.method not in starts]
 
-def _references(recipe: Recipe) -> Iterable[dict]:
-    data, same = PUBLISHED_DATA.get(recipe.data.dataset, ((None,), False))
-    return [{'data': d, 'same_data': same, 'same_schedule': recipe.experiment == recipe.data.dataset} for d in data]
+def _references(recipe: Recipe) -> list[dict]:
+    data, same = PUBLISHED_DATA.get(dataset_key(recipe), ((None,), False))
+    published_schedule = main_experiment(recipe.experiment) == recipe.data.dataset
+    return [{'data': d, 'same_data': same, 'same_schedule': published_schedule} for d in data]
 
-# %% ../nbs/15_report.ipynb #cell-25
-def accuracy_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -> pd.DataFrame:
+# %% ../nbs/15_report.ipynb #cell-26
+def accuracy_table(frame: pd.DataFrame, experiment: str,
+                   reference: pd.DataFrame | None,  # None: the papers have no such table
+                  ) -> pd.DataFrame:
     "mIoU of each method's last stage beside the published one (ScaleProtoSeg, Tables 1, 5 and 6)."
     import pandas as pd
     rows = []
     for r in compared(experiment):
         ours = summarise(frame, r, r.last.name)
-        found = [(ref, find_published(reference, method=r.method, data=ref['data'] or '')) for ref in _references(r)]
+        ours.pop('group_average')
+        def theirs_on(data, r=r):
+            return find_published(reference, method=r.method, data=data or '') if reference is not None and not r.variant else {}
+        found = [(ref, theirs_on(ref['data'])) for ref in _references(r)]
         for ref, theirs in [x for x in found if x[1]] or found[:1]:      # one row where the papers have no number
             rows.append({'method': r.method, 'variant': r.variant, 'stage': r.last.name, **ours,
                          **compare(ours, theirs, **ref)})
     return pd.DataFrame(rows, dtype=object).drop(columns='prototypes')
 
-# %% ../nbs/15_report.ipynb #cell-29
+# %% ../nbs/15_report.ipynb #cell-30
 STEPS = (   # method, our stage, step of Table 2
     ('protoseg', 'project', ''), ('protoseg', 'finetune', 'project'), ('protoseg', 'prune_finetune', 'pruned'),
     ('scaleprotoseg', 'project', ''), ('scaleprotoseg', 'finetune', 'project'),
@@ -196,18 +235,85 @@ STEPS = (   # method, our stage, step of Table 2
 def steps_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -> pd.DataFrame:
     "Living (after grouping: used) prototypes and mIoU after each step (ScaleProtoSeg, Table 2)."
     import pandas as pd
-    recipes, rows = {r.method: r for r in compared(experiment)}, []
-    for method, stage, step in STEPS:
-        if method not in recipes: continue
-        ours, ref = summarise(frame, recipes[method], stage), _references(recipes[method])[0]
-        where = {'method': method, 'step': step or 'none', 'data': ref['data'] or ''}
+    rows = []
+    for r, stage, step in [(r, stage, step) for r in compared(experiment) for m, stage, step in STEPS
+                           if m == r.method and stage in {s.name for s in r.stages}]:
+        ours, ref = summarise(frame, r, stage), _references(r)[0]
+        ours.pop('group_average')
+        where = {'method': r.method, 'step': 'none' if r.variant else step or 'none', 'data': ref['data'] or ''}
         counted = find_published(reference, 'prototypes', **where).get('value')
-        rows.append({'method': method, 'variant': '', 'stage': stage, 'published_step': step,
+        rows.append({'method': r.method, 'variant': r.variant, 'stage': stage, 'published_step': step,
                      'prototypes': ours.pop('prototypes'), 'published_prototypes': whole(counted) if counted else None,
                      **ours, **compare(ours, find_published(reference, **where), **ref)})
     return pd.DataFrame(rows, dtype=object)
 
-# %% ../nbs/15_report.ipynb #cell-33
+# %% ../nbs/15_report.ipynb #cell-34
+@dataclass(frozen=True)
+class Case:
+    "A row of a table of ablations: a stage of a recipe, and what it stands for in the words of the published table."
+    recipe: Recipe
+    stage: str
+    setting: str
+
+def _main(experiment: str, method: str) -> Recipe:
+    main = main_experiment(experiment)
+    return lookup({r.method: r for r in _recipes(main)}, method, f'method of {main}')
+
+def size_cases(experiment: str) -> list[Case]:
+    "ProtoSeg's prototypes per class, channels and length of training (supplement, Table 1): the main recipe first."
+    main = _main(experiment, 'protoseg')
+    def setting(r):
+        times = r.stage('joint').train.steps / main.stage('joint').train.steps
+        return f'prototypes per class {r.model["per_class"]}, channels {r.model["channels"]}, training {times:g}x'
+    others = [r for r in _recipes(experiment) if r.variant and r.method == 'protoseg' and setting(r) != setting(main)]
+    return [Case(r, r.last.name, setting(r)) for r in (main, *others)]
+
+def threshold_cases(experiment: str) -> list[Case]:
+    "The thresholds of the variant `tau`, the smallest first (ScaleProtoSeg, Table 7)."
+    found = [(r, s) for r in _recipes(experiment) for s in r.stages if r.variant == 'tau' and s.kind == 'threshold']
+    return [Case(r, s.name, f'tau = {s.tau:g}') for r, s in sorted(found, key=lambda x: x[1].tau)]
+
+def entropy_cases(experiment: str) -> list[Case]:
+    "Without the entropy of groups and with it (ScaleProtoSeg, Table 8)."
+    off = [r for r in _recipes(experiment) if r.variant == 'no_entropy']
+    return [Case(r, r.last.name, f'entropy = {r.stage("group_joint").train.entropy:g}')
+            for r in (*off, _main(experiment, 'scaleprotoseg'))]
+
+# %% ../nbs/15_report.ipynb #cell-37
+def ablation_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
+                   cases: Iterable[Case], reference: pd.DataFrame) -> pd.DataFrame:
+    """Used prototypes, their mean number in a group and mIoU of each case beside the published row.
+
+    Published rows that fit no case come last, by themselves."""
+    import pandas as pd
+    cases, rows = list(cases), []
+    ref = _references(cases[0].recipe)[0]
+    here = reference[reference.data == (ref['data'] or '')]
+    def named(words): return next((x for x in here.setting if x == words or x.endswith(f', {words}')), None)
+    theirs = {c.setting: named(c.setting) for c in cases}
+    for c in cases:
+        r, ours = c.recipe, summarise(frame, c.recipe, c.stage)
+        rows.append(_ablation_row(r.method, r.variant, c.stage, c.setting, ours, _published_row(here, theirs[c.setting]), ref))
+    for setting in dict.fromkeys(x for x in here.setting if x not in theirs.values()):
+        nothing = dict.fromkeys(('miou', 'std', 'prototypes', 'group_average', 'runs'))
+        row = _ablation_row(cases[0].recipe.method, '', '', None, nothing, _published_row(here, setting), ref)
+        rows.append(row | {'verdict': None})                       # nothing that could have been run
+    return pd.DataFrame(rows, dtype=object)
+
+def _published_row(table: pd.DataFrame, setting: str | None) -> dict:
+    "Every published value of a setting, and its words with the note where something was lost."
+    found = {m: find_published(table, m, setting=setting or 'none') for m in ('miou', 'prototypes', 'group_average')}
+    lost = [n for n in table[table.setting == (setting or 'none')].note if 'lost' in n]
+    return found | {'setting': f'{setting} ({lost[0]})' if lost else setting}
+
+def _ablation_row(method: str, variant: str, stage: str, setting: str | None, ours: dict, theirs: dict, ref: dict) -> dict:
+    counted = theirs['prototypes'].get('value')
+    return {'method': method, 'variant': variant, 'stage': stage, 'setting': setting, 'published_setting': theirs['setting'],
+            'prototypes': ours['prototypes'], 'published_prototypes': whole(counted) if counted else None,
+            'group_average': ours['group_average'], 'published_group_average': theirs['group_average'].get('value'),
+            **{k: ours[k] for k in ('miou', 'std', 'runs')}, **compare(ours, theirs['miou'], **ref)}
+
+# %% ../nbs/15_report.ipynb #cell-41
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     "The table as text: two decimals, and `—` for what is missing."
     import pandas as pd
@@ -230,7 +336,7 @@ def save_table(table: pd.DataFrame,
 
 def _with_ending(path: Path, ending: str) -> Path: return path.with_name(path.name + ending)
 
-# %% ../nbs/15_report.ipynb #cell-34
+# %% ../nbs/15_report.ipynb #cell-42
 def save_figure(fig: Figure,
                 path: str | Path,   # without ending
                 caption: str = '',
@@ -245,7 +351,7 @@ def save_figure(fig: Figure,
         replace_file(_with_ending(path, f'.{kind}'), write)
     return _with_ending(path, '.png')
 
-# %% ../nbs/15_report.ipynb #cell-37
+# %% ../nbs/15_report.ipynb #cell-45
 def provenance_text(frame: pd.DataFrame) -> str:
     "Which runs a result rests on: seeds, data, device, commit, recipes, duration, date."
     if not len(frame): return 'No finished run.'
@@ -275,7 +381,7 @@ def last_runs(frame: pd.DataFrame, recipes: Iterable[Recipe], seed: int) -> pd.D
     keys = {(r.method, r.variant, r.last.name, seed) for r in recipes}
     return frame[[key in keys for key in zip(frame.method, frame.variant, frame.stage, frame.seed)]]
 
-# %% ../nbs/15_report.ipynb #cell-40
+# %% ../nbs/15_report.ipynb #cell-48
 METHOD_NAMES = {'deeplabv2': 'DeepLabv2', 'unet': 'U-Net', 'protoseg': 'ProtoSeg', 'scaleprotoseg': 'ScaleProtoSeg'}
 
 def open_split(recipe: Recipe, role: str,  # train, push or val
@@ -302,7 +408,7 @@ def busiest_classes(model: Model, n: int = 1,
         order = [c] + [d for d in order if d != c]
     return order[:n]
 
-# %% ../nbs/15_report.ipynb #cell-42
+# %% ../nbs/15_report.ipynb #cell-50
 def plot_comparison(samples: list[Sample],
                     predictions: Mapping[str, list[Tensor]],  # title -> a label map (H, W) per sample
                     labels: Labels, width: float = 9.,        # inches
@@ -326,7 +432,7 @@ def plot_comparison(samples: list[Sample],
                loc='outside lower center', ncols=min(10, len(here)), fontsize=9, handlelength=1)
     return fig
 
-# %% ../nbs/15_report.ipynb #cell-45
+# %% ../nbs/15_report.ipynb #cell-53
 _TYPES = {'str': str, 'int': int, 'float': (int, float), 'bool': bool, 'list': (list, tuple), 'dict': dict}
 
 def notebook_parameters(notebook: str | Path) -> dict[str, dict]:
@@ -353,7 +459,7 @@ def check_parameters(notebook: str | Path, parameters: Mapping):
         if right and (not isinstance(value, right) or isinstance(value, bool) and kind != 'bool'):
             raise TypeError(f'parameter {name} of {notebook} is {kind}, got {value!r}')
 
-# %% ../nbs/15_report.ipynb #cell-48
+# %% ../nbs/15_report.ipynb #cell-56
 class NotebookFailed(ValueError):
     "A cell of a notebook raised an error."
 
@@ -387,7 +493,7 @@ def _execute(source: Path, parameters: dict):
         except papermill.PapermillExecutionError as e:
             raise NotebookFailed(f'{source}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
 
-# %% ../nbs/15_report.ipynb #cell-49
+# %% ../nbs/15_report.ipynb #cell-57
 def without_machine_paths(x, roots: Iterable[tuple[str, str]] | None = None):
     "A nested structure of a notebook with the paths of this machine in its strings shortened; pictures are left alone."
     roots = list(_machine_roots()) if roots is None else roots
@@ -408,34 +514,47 @@ def _machine_roots():
         yield root, pairs[root]
         yield root[:-1], '.' if not pairs[root] else '…'
 
-# %% ../nbs/15_report.ipynb #cell-52
+# %% ../nbs/15_report.ipynb #cell-60
 @dataclass(frozen=True)
 class PaperNotebook:
-    "A notebook `nbs/paper/<paper>/<name>.ipynb` and the datasets that it is for."
+    "A notebook `nbs/paper/<paper>/<name>.ipynb` and the experiments that it is for."
     paper: str
     name: str
-    only: tuple[str, ...] = ()      # datasets; empty: all
+    only: tuple[str, ...] = ()      # as `dataset_key` calls the data; empty: all
     without: tuple[str, ...] = ()
+    needs: str = ''                 # a method, or a variant of it, as in `scaleprotoseg-tau`
+    ablations: bool = False         # for experiments of ablations, or for all others?
+    accuracies: str = ''            # the published table that it sets beside ours, if it is the main one
+
+    def suits(self, experiment: str) -> bool:
+        recipes = _recipes(experiment)
+        data, methods = {dataset_key(r) for r in recipes}, {r.name.split('/')[1] for r in recipes}
+        return (self.ablations == is_ablation(experiment) and (not self.needs or self.needs in methods)
+                and (not self.only or bool(data & set(self.only))) and not data & set(self.without))
+
+_OWN_TABLE = ('em', 'em, other split', 'cocostuff')      # data that Table 1 does not have, and not even similar ones
 
 PAPER_NOTEBOOKS = (
-    PaperNotebook('scaleprotoseg', 'table_01', without=('em',)),   # the main table has no EM
+    PaperNotebook('scaleprotoseg', 'table_01', without=_OWN_TABLE, accuracies='scaleprotoseg_table_01'),
     PaperNotebook('scaleprotoseg', 'table_02'),
-    PaperNotebook('scaleprotoseg', 'table_05', only=('em',)),
-    PaperNotebook('scaleprotoseg', 'figure_04'),
+    PaperNotebook('scaleprotoseg', 'table_05', only=('em',), accuracies='scaleprotoseg_table_05'),
+    PaperNotebook('scaleprotoseg', 'table_06', only=('cocostuff',), accuracies='scaleprotoseg_table_06'),
+    PaperNotebook('scaleprotoseg', 'table_07', needs='scaleprotoseg-tau', ablations=True),
+    PaperNotebook('scaleprotoseg', 'table_08', needs='scaleprotoseg-no_entropy', ablations=True),
+    PaperNotebook('scaleprotoseg', 'figure_04', needs='scaleprotoseg'),
     PaperNotebook('scaleprotoseg', 'figure_14'),
+    PaperNotebook('protoseg', 'table_01', only=('pascal',), needs='protoseg-k4', ablations=True),
     PaperNotebook('protoseg', 'figure_04'))
 
 def paper_notebooks(experiment: str) -> list[tuple[str, str]]:  # (paper, name)
     "The reading notebooks of an experiment, in the order of the report."
-    datasets = {r.data.dataset for r in _recipes(experiment)}
-    return [(n.paper, n.name) for n in PAPER_NOTEBOOKS
-            if (not n.only or datasets & set(n.only)) and not datasets & set(n.without)]
+    return [(n.paper, n.name) for n in PAPER_NOTEBOOKS if n.suits(experiment)]
 
 def main_table(experiment: str) -> str:
-    "Name of the published table of accuracies to compare with."
-    return 'scaleprotoseg_' + next(name for _, name in paper_notebooks(experiment) if name in ('table_01', 'table_05'))
+    "Name of the published table of accuracies to compare with; empty where there is none."
+    return next((n.accuracies for n in PAPER_NOTEBOOKS if n.accuracies and n.suits(experiment)), '')
 
-# %% ../nbs/15_report.ipynb #cell-55
+# %% ../nbs/15_report.ipynb #cell-64
 _STYLE = '''
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff;
@@ -464,7 +583,7 @@ def _html_table(rows: list[list[str]]) -> str:  # the first row is the head
 
 def _html_frame(table: pd.DataFrame) -> str: return _html_table([list(table), *shown(table).values.tolist()])
 
-# %% ../nbs/15_report.ipynb #cell-56
+# %% ../nbs/15_report.ipynb #cell-65
 def _read_table(path: Path) -> str:
     "Html of a table saved by `save_table`, the columns that say nothing left out, and its caption."
     import pandas as pd
@@ -488,7 +607,7 @@ def read_title(notebook: Path) -> tuple[str, str]:
     return (next((line[2:] for line in lines if line.startswith('# ')), notebook.stem),
             next((line[2:] for line in lines if line.startswith('> ')), ''))
 
-# %% ../nbs/15_report.ipynb #cell-57
+# %% ../nbs/15_report.ipynb #cell-66
 def _belongs(path: Path, name: str) -> bool: return path.stem == name or path.stem.startswith(f'{name}_')
 
 def _section(folder: Path, name: str) -> str:
@@ -512,7 +631,7 @@ def _sections(folder: Path, experiment: str) -> str:
     return ''.join(f'<h2 id="{p}">{title}</h2>' + ''.join(_section(folder / p, n) for q, n in names if q == p)
                    for p, title in _papers(experiment).items())
 
-# %% ../nbs/15_report.ipynb #cell-58
+# %% ../nbs/15_report.ipynb #cell-67
 def _what_was_run(frame: pd.DataFrame, experiment: str) -> dict[str, str]:
     "Methods, time, memory and provenance of an experiment, as text."
     methods = [r.name.split('/')[1] for r in _recipes(experiment)]
@@ -525,14 +644,17 @@ def _what_was_run(frame: pd.DataFrame, experiment: str) -> dict[str, str]:
              'Peak memory': ', '.join(peaks),
              'Provenance': provenance_text(frame.assign(recipe=None))}
 
-def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -> str:
+def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame | None) -> str:
     "Html: what was run, and the main table."
     facts = _what_was_run(frame, experiment)
     table = accuracy_table(frame, experiment, reference)
+    what, hidden = ('variant', {'published_std'}) if is_ablation(experiment) else ('method', {'published_std', 'variant'})
+    if reference is None: hidden |= {c for c in table if c.startswith('published')} | {'difference'}
+    beside = ('. No published table is about all of these.' if reference is None else
+              f', beside {reference.source.iloc[0]}. Other data are not comparable: no difference, no verdict.')
     return ('<dl>' + ''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in facts.items() if v) + '</dl>'
-            + _html_frame(table[[c for c in table if c not in ('variant', 'published_std')]])
-            + '<p class="caption">mIoU in percent of the last stage of each method, beside '
-            + f'{escape(reference.source.iloc[0])}. Other data are not comparable: no difference, no verdict.</p>')
+            + _html_frame(table[[c for c in table if c not in hidden]])
+            + f'<p class="caption">mIoU in percent of the last stage of each {what}{escape(beside)}</p>')
 
 def _appendix(frame: pd.DataFrame, experiment: str) -> str:
     "Html: every run and every recipe, folded."
@@ -547,7 +669,7 @@ def _cells(markdown: str) -> list[list[str]]:
     lines = [[c.strip() for c in line.strip('| ').split('|')] for line in markdown.splitlines() if line.startswith('|')]
     return [line for line in lines if not all(set(c) <= set('-: ') for c in line)]
 
-# %% ../nbs/15_report.ipynb #cell-59
+# %% ../nbs/15_report.ipynb #cell-68
 def build_report(experiment: str, figures: str | Path = 'figures', runs: str | Path = 'runs',
                  folder: str | Path = 'data/published',  # of the published tables
                 ) -> Path:
@@ -558,7 +680,8 @@ def build_report(experiment: str, figures: str | Path = 'figures', runs: str | P
                                 f'--experiment {experiment}`')
     parts = {**_papers(experiment), 'runs': 'Runs and recipes'}
     links = ''.join(f'<a href="#{p}">{title}</a>' for p, title in parts.items())
-    summary = _summary(frame, experiment, published(main_table(experiment), folder))
+    name = main_table(experiment)
+    summary = _summary(frame, experiment, published(name, folder) if name else None)
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>scaleprotoseg: {experiment}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
             f'<h1>Experiment {experiment}</h1>{summary}<nav>{links}</nav>'

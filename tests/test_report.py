@@ -14,24 +14,35 @@ from PIL import Image
 
 from scaleprotoseg import report
 from scaleprotoseg.data import Labels, Sample
-from scaleprotoseg.recipes import find_recipe
+from scaleprotoseg.recipes import experiments, find_recipe, recipes_of
 from scaleprotoseg.report import (
+    PAPER_NOTEBOOKS,
     NotebookFailed,
+    ablation_table,
     accuracy_table,
     build_report,
     check_parameters,
     collect,
     compare,
+    compared,
+    entropy_cases,
     find_published,
+    main_table,
     notebook_parameters,
     paper_notebooks,
     plot_comparison,
     provenance_text,
     published,
+    published_recipe,
+    published_recipes,
+    recipe_table,
     run_notebook,
     save_figure,
     save_table,
+    size_cases,
     steps_table,
+    threshold_cases,
+    used_runs,
     without_machine_paths,
 )
 from scaleprotoseg.runs import run_folder
@@ -41,9 +52,9 @@ PUBLISHED = ROOT / 'data/published'
 COLUMNS = ['method', 'step', 'setting', 'data', 'metric', 'value', 'std', 'source', 'note']
 
 
-def finish(runs, experiment, method, stage, seed=0, miou=0.5, provenance=True, **prototypes):
+def finish(runs, experiment, method, stage, seed=0, miou=0.5, provenance=True, variant='', **prototypes):
     "The two JSON files of a finished stage."
-    recipe = find_recipe(experiment, method)
+    recipe = find_recipe(experiment, method, variant)
     folder = run_folder(runs, recipe, seed, stage)
     folder.mkdir(parents=True)
     (folder / 'metrics.json').write_text(json.dumps({
@@ -155,7 +166,125 @@ def test_steps_count_used_prototypes_after_grouping(runs):
     assert table.loc[('protoseg', 'finetune'), 'prototypes'] == 90
 
 
+@pytest.mark.parametrize('experiment, same', [('em', True), ('em-quick', True), ('em-supplement', False)])
+def test_only_the_published_division_of_em_is_the_same_data(tmp_path, experiment, same):
+    finish(tmp_path, experiment, 'protoseg', 'prune_finetune', miou=.78)
+    row = table_of(tmp_path, experiment, 'scaleprotoseg_table_05').loc[['protoseg']].iloc[0]
+    assert row.miou == 78 and (row.published is not None) == same and (row.difference is not None) == same
+    assert same or row.verdict is None and not row.published_data
+
+
+@pytest.mark.parametrize('experiment, verdict', [('pascal', 'agrees'), ('cocostuff', None), ('camvid', None), ('camvid-quick', None)])
+def test_the_main_table_is_that_of_the_dataset(tmp_path, experiment, verdict):
+    name = main_table(experiment)
+    assert name == f'scaleprotoseg_table_0{6 if experiment == "cocostuff" else 1}'
+    assert len(table_of(tmp_path, experiment, name)) == 4                               # without runs
+    finish(tmp_path, experiment, 'scaleprotoseg', 'threshold', miou=.718)
+    row = table_of(tmp_path, experiment, name).loc['scaleprotoseg']
+    published = {'pascal': 71.80, 'cocostuff': 34.50}.get(experiment, 68.97)
+    assert row.published == published and row.verdict == ('above' if experiment == 'cocostuff' else verdict)
+    assert ('other data' in row.published_data) == experiment.startswith('camvid')
+
+
+def test_steps_that_a_recipe_does_not_have_are_in_no_table(tmp_path):
+    table = steps_table(collect(tmp_path, 'cocostuff'), 'cocostuff', published('scaleprotoseg_table_02', PUBLISHED))
+    assert table.stage.tolist() == ['project', 'finetune', 'project', 'finetune', 'threshold']
+
+
+# ablations
+
+CASES = {'protoseg_supplement_table_01': size_cases, 'scaleprotoseg_table_07': threshold_cases, 'scaleprotoseg_table_08': entropy_cases}
+
+def ablations_of(runs, name, experiment='pascal-ablations'):
+    return ablation_table(collect(runs, experiment, with_main=True), CASES[name](experiment), published(name, PUBLISHED))
+
+
+@pytest.mark.parametrize('experiment', [e for e in experiments() if e.endswith('-ablations')])
+def test_ablations_are_compared_among_themselves_and_not_with_the_main_numbers(tmp_path, experiment):
+    assert not main_table(experiment) and {(p, n) for p, n in paper_notebooks(experiment)}.isdisjoint(
+        [('scaleprotoseg', f'table_0{i}') for i in (1, 2, 5, 6)])
+    assert len(compared(experiment)) == len(recipes_of(experiment)) and all(r.variant for r in compared(experiment))
+    r, other = recipes_of(experiment)[0], recipes_of(experiment)[-1]
+    finish(tmp_path, experiment, r.method, r.last.name, variant=r.variant, miou=.72)
+    for reference in (None, published('scaleprotoseg_table_01', PUBLISHED)):
+        table = accuracy_table(collect(tmp_path, experiment), experiment, reference).set_index(['method', 'variant'])
+        assert len(table) == len(recipes_of(experiment)) and table.published.isna().all()
+        assert table.loc[(r.method, r.variant), 'miou'] == 72
+        assert r is other or table.loc[(other.method, other.variant), 'verdict'] == 'not run'
+    table = steps_table(collect(tmp_path, experiment), experiment, published('scaleprotoseg_table_02', PUBLISHED))
+    assert table.published.isna().all() and not table.duplicated(['method', 'variant', 'stage']).any()
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_ablations_that_were_not_run_are_dashes(tmp_path, name):
+    table = save_table(ablations_of(tmp_path / 'runs', name), tmp_path / 't', '')
+    assert set(table[['prototypes', 'group_average', 'miou', 'std', 'difference']].values.ravel()) == {'—'}
+    of_ours = table[table.setting != '—']
+    assert set(of_ours.verdict) == {'not run'} and set(of_ours.runs) == {'0'}
+    values = published(name, PUBLISHED).query("data == 'Pascal VOC val' and metric == 'miou'").value
+    assert sorted(x for x in table.published if x != '—') == sorted(f'{v:.2f}' for v in values)       # every row of the paper
+
+
+def test_the_main_row_of_sizes_comes_from_the_main_experiment(tmp_path):
+    finish(tmp_path, 'pascal', 'protoseg', 'prune_finetune', miou=.715, alive=133, total=210)
+    finish(tmp_path, 'pascal-ablations', 'protoseg', 'prune_finetune', variant='k4', miou=.6, alive=70, total=84)
+    finish(tmp_path, 'pascal-ablations', 'protoseg', 'prune_finetune', variant='coco', miou=.9, alive=1, total=210)   # not in Table 1
+    frame = collect(tmp_path, 'pascal-ablations', with_main=True)
+    table = ablation_table(frame, size_cases('pascal-ablations'), published('protoseg_supplement_table_01', PUBLISHED))
+    assert table.variant.tolist() == ['', 'k4', 'k20', 'k50', 'd128', 'd256', 'joint2x']
+    assert table.published.tolist() == [72.05, 65.04, 72.76, 72.67, 67.13, 65.79, 71.63]
+    assert table.prototypes.tolist()[:3] == [133, 70, None] and table.verdict.tolist()[:3] == ['agrees', 'below', 'not run']
+    assert len(used_runs(frame, table)) == 2 and len(collect(tmp_path, 'pascal-ablations')) == 2
+
+
+@pytest.mark.parametrize('dataset, published_miou', [('pascal', [72.26, 72.11, 72.12]), ('ade20k', [34.32, 34.03, 34.16]), ('cocostuff', [])])
+def test_thresholds_that_were_lost_stand_beside_none_of_ours(tmp_path, dataset, published_miou):
+    for stage, n in (('threshold_0.01', 140), ('threshold', 130), ('threshold_0.1', 120)):
+        finish(tmp_path, f'{dataset}-ablations', 'scaleprotoseg', stage, variant='tau', miou=.72, alive=200, active=n, group_average=n / 40)
+    table = ablations_of(tmp_path, 'scaleprotoseg_table_07', f'{dataset}-ablations')
+    assert table.prototypes.tolist()[:3] == [140, 130, 120] and table.group_average.tolist()[:3] == [3.5, 3.25, 3.]
+    assert [x for x in table.published if x] == published_miou
+    if published_miou:
+        assert table.published_setting.tolist() == [
+            None, 'row 2, tau = 0.05', None, 'row 1 (threshold lost)', 'row 3 (threshold lost)']
+        assert table.setting[3:].isna().all() and table.verdict[3:].isna().all() and table.miou[3:].isna().all()
+    assert table.verdict[[0, 2]].isna().all() and table.difference[[0, 2]].isna().all()
+
+
+def test_entropy_off_and_on_come_from_two_experiments(tmp_path):
+    finish(tmp_path, 'ade20k', 'scaleprotoseg', 'threshold', miou=.34, alive=1800, active=1100, group_average=4.)
+    finish(tmp_path, 'ade20k', 'scaleprotoseg', 'threshold', 1, miou=.35, alive=1800, active=1101, group_average=5.)
+    table = ablations_of(tmp_path, 'scaleprotoseg_table_08', 'ade20k-ablations').set_index('setting')
+    assert table.index.tolist() == ['entropy = 0', 'entropy = 0.25'] and table.published_setting.tolist() == table.index.tolist()
+    on, off = table.loc['entropy = 0.25'], table.loc['entropy = 0']
+    assert (on.prototypes, on.group_average, on.miou, on.runs, on.verdict) == (1100.5, 4.5, 34.5, 2, 'agrees')
+    assert (on.published_prototypes, on.published_group_average) == (1132, 4.08)
+    assert (off.published_prototypes, off.published_group_average, off.published, off.verdict) == (1405, 6.06, 33.40, 'not run')
+
+
 # published numbers
+
+def test_every_transcribed_value_is_in_a_table_of_recipes():
+    rows = published_recipes(PUBLISHED)
+    for dataset in rows.dataset.unique():
+        table, here = recipe_table(dataset, PUBLISHED), rows[rows.dataset == dataset]
+        for a, b in [('published', 'value'), *((c, c) for c in ('method', 'variant', 'stage', 'quantity', 'note'))]:
+            assert table[a].tolist() == here[b].tolist()
+    for row in rows[['dataset', 'method', 'variant']].drop_duplicates().itertuples(index=False):
+        if not row.variant.startswith('tau_row'): find_recipe(*published_recipe(*row))
+
+
+@pytest.mark.parametrize('experiment, variants', [
+    ('pascal-ablations', {'sgd', 'k4', 'k20', 'k50', 'd128', 'd256', 'joint2x', 'no_diversity', 'coco', 'no_entropy', 'tau_row1', 'tau_row3'}),
+    ('cocostuff-ablations', {'sgd'}), ('em-supplement', {'supplement'}), ('demo', set())])
+def test_recipe_tables_of_variants(experiment, variants):
+    table = recipe_table(experiment, PUBLISHED)
+    assert set(table.variant) == variants
+    numbers = table[~table.quantity.str.startswith('split_') & (table.published != '') & (table.ours != '—')]
+    assert (numbers.ours.astype(float) == numbers.published.astype(float)).all()
+    lost = table[table.variant.str.startswith('tau_row')]
+    assert set(lost.ours) <= {'—'} and set(lost.published) <= {''} and set(lost.note) <= {'lost'}
+
 
 def test_published_numbers_that_papers_repeat_agree():
     steps, sweep = published('scaleprotoseg_table_02', PUBLISHED), published('scaleprotoseg_table_07', PUBLISHED)
@@ -284,11 +413,41 @@ def test_pictures_in_notebooks_are_not_touched():
 
 # the notebooks of the papers
 
-@pytest.mark.parametrize('experiment', ['smoke', 'demo', 'em', 'em-quick'])
-def test_every_listed_notebook_exists_and_takes_the_common_parameters(experiment):
-    for paper, name in paper_notebooks(experiment):
-        parameters = notebook_parameters(ROOT / f'nbs/paper/{paper}/{name}.ipynb')
-        assert {'experiment', 'runs', 'out'} <= set(parameters) and all(p['help'] for p in parameters.values())
+@pytest.mark.parametrize('notebook', PAPER_NOTEBOOKS, ids=lambda n: f'{n.paper}-{n.name}')
+def test_every_notebook_exists_and_takes_the_common_parameters(notebook):
+    parameters = notebook_parameters(ROOT / f'nbs/paper/{notebook.paper}/{notebook.name}.ipynb')
+    assert {'experiment', 'runs', 'out'} <= set(parameters) and all(p['help'] for p in parameters.values())
+    default = parameters['experiment']['default'].strip("\"'")
+    assert (notebook.paper, notebook.name) in paper_notebooks(default)
+
+
+def test_every_experiment_has_notebooks():
+    assert [e for e in experiments() if not paper_notebooks(e)] in ([], ['em-ablations'])     # no published table is about that
+
+
+def run_cells(path, parameters):
+    "The code cells of a notebook in this process, which takes no kernel and so no seconds."
+    names = {}
+    for cell in nbformat.read(path, 4).cells:
+        if cell.cell_type != 'code': continue
+        exec(cell.source, names)
+        if 'parameters' in cell.metadata.get('tags', ()): names.update(parameters)
+
+
+@pytest.mark.parametrize('notebook', PAPER_NOTEBOOKS, ids=lambda n: f'{n.paper}-{n.name}')
+def test_notebooks_without_runs_show_dashes_or_say_what_is_missing(notebook, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    listing = [e for e in experiments() if (notebook.paper, notebook.name) in paper_notebooks(e)]
+    assert listing
+    for experiment in listing:
+        said = ''
+        try: run_cells(f'nbs/paper/{notebook.paper}/{notebook.name}.ipynb',
+                       {'experiment': experiment, 'runs': str(tmp_path / 'runs'), 'out': str(tmp_path)})
+        except FileNotFoundError as e: said = str(e)
+        saved = tmp_path / f'{experiment}/{notebook.paper}/{notebook.name}.csv'
+        if 'table' in notebook.name:
+            assert set(pd.read_csv(saved, dtype=str).miou) == {'—'} and 'No finished run.' in saved.with_suffix('.md').read_text()
+        else: assert re.search(f'no finished .*{experiment}.* seed 0', said + capsys.readouterr().out) and not saved.exists()
 
 
 @pytest.mark.parametrize('experiment, name', [('demo', 'table_01'), ('demo', 'table_02'), ('em', 'table_05')])
@@ -327,7 +486,7 @@ def test_report_needs_nothing_but_itself(page, tmp_path):
 
 def test_report_says_what_was_run_and_what_was_not(page):
     assert '<dt>Not run</dt><dd>pretrain, deeplabv2, linear</dd>' in page
-    assert '2 min 0 s in total' in page and 'process 900 MB' in page
+    assert '2 min 30 s in total' in page and 'process 900 MB' in page
     assert '53.00' in page and 'Cityscapes val (other data)' in page and 'cccccccccc' in page
     assert 'table_02.ipynb has not been run' in page and 'A promise.' in page and 'scaleprotoseg' in page
 
@@ -335,6 +494,18 @@ def test_report_says_what_was_run_and_what_was_not(page):
 def test_report_shows_captions_as_text_and_only_pictures_of_its_notebooks(page):
     assert 'Accuracy &lt;script&gt;' in page and 'Groups of &quot;car&quot; &amp; &lt;others&gt;.' in page
     assert 'Of another notebook' not in page
+
+
+@pytest.mark.parametrize('experiment, method, variant, stage', [
+    ('pascal-ablations', 'scaleprotoseg', 'tau', 'threshold'), ('em-supplement', 'protoseg', '', 'prune_finetune'),
+    ('em-ablations', 'protoseg', 'legacy', 'prune_finetune'),
+    ('cocostuff', 'scaleprotoseg', '', 'threshold'), ('camvid-quick', 'scaleprotoseg', '', 'threshold')])
+def test_every_kind_of_experiment_has_a_report(tmp_path, experiment, method, variant, stage):
+    finish(tmp_path / 'runs', experiment, method, stage, variant=variant, miou=.612, alive=5, active=5, total=5)
+    page = build_report(experiment, tmp_path, tmp_path / 'runs', PUBLISHED).read_text()
+    summary = page[:page.index('<nav>')]
+    assert '61.20' in summary and ('ScaleProtoSeg, Table' in summary) == bool(main_table(experiment))
+    assert ('<th>published</th>' in summary) == bool(main_table(experiment)) and ('<th>variant</th>' in summary) == bool(variant)
 
 
 def test_report_without_runs_says_which_command_makes_them(tmp_path):
