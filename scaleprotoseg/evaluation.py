@@ -110,6 +110,7 @@ def file_values(dataset: Dataset) -> np.ndarray:  # (C,) uint8
 
 def save_prediction(path: Path, label: np.ndarray, dataset: Dataset):  # label: (H, W) int, 0..C-1
     "Write a class map as the dataset's own label files are: palette PNG, or greyscale if `dataset.grey`."
+    path.parent.mkdir(parents=True, exist_ok=True)     # ids may name sub-folders
     values = file_values(dataset)
     picture = Image.fromarray(values[label])
     if not getattr(dataset, 'grey', False):
@@ -128,7 +129,9 @@ def export_predictions(model: Model, dataset: Dataset, folder: str | Path, devic
     `predictions.json` holds `source`; ValueError for a folder of another one."""
     folder, written = Path(folder), 0
     folder.mkdir(parents=True, exist_ok=True)
-    note = folder / 'predictions.json'
+    note, model = folder / 'predictions.json', model.eval()
+    if not note.is_file() and next(folder.rglob('*.png'), None):
+        raise ValueError(f'{folder} holds pictures of unknown origin (no predictions.json); choose another folder')
     if note.is_file() and (found := json.loads(note.read_text())['source']) != source:
         raise ValueError(f'{folder} holds predictions of {found!r}, not of {source!r}; choose another folder')
     write_json(note, {'source': source})

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -83,11 +82,6 @@ class Model(nn.Module):
         "From similarities (B, S, C, K, h, w) on: the head alone. `want` may ask for `similarities` and `groups`."
         logits, groups = self.head(similarities, self.prototypes.alive)
         return Output(logits, similarities=similarities if 'similarities' in want else None, groups=groups if 'groups' in want else None)
-
-    def segment(self, image: Tensor, size: tuple[int, int] | None = None, chunk: int | None = None) -> Tensor:
-        "Class map (B, *size) int64 of images (B, 3, H, W); the *logits* are enlarged (spec 1.7), to (H, W) by default."
-        logits = self(image, chunk=chunk).logits
-        return F.interpolate(logits, size or image.shape[-2:], mode='bilinear', align_corners=False).argmax(1)
 
     def _score(self, features, want):
         if self.prototypes is None: out = Output(self.head(features))
