@@ -96,7 +96,8 @@ class Projection:
 
         Prototypes of classes that occur nowhere are killed (spec 4.6.2); of equal projected vectors the first one lives.
         `legacy_absent`: as in the published float32 program, prototypes of absent classes go to the first cell of the
-        first image instead. They are equal within a scale, so one per scale survives, as the first absent class's."""
+        first image instead. They are equal within a scale, so one per scale survives, as the first absent class's (none where a
+        present class has the same vector)."""
         absent = self.alive & (self.image < 0)
         if legacy_absent: self._take_first_cell(absent)
         prototypes.vectors.copy_(self.vectors)
