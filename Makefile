@@ -32,7 +32,9 @@ test: install    ## all tests but the slow ones, the smoke graph and every noteb
 lab: install     ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=.
 
-docs: install    ## README.md from nbs/index.ipynb
+docs: install    ## run the chapters and keep their outputs; README.md from nbs/index.ipynb
+	$(BIN)/python nbs/run_chapters.py
+	$(BIN)/python nbs/run_chapters.py index.ipynb
 	$(BIN)/python nbs/render_readme.py
 
 clean-notebooks: install  ## what to run before a commit: clean, export
