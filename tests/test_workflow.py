@@ -45,7 +45,7 @@ def whole(tmp_path_factory):
 
 def test_graph_makes_every_stage_and_an_offline_report(whole):
     finished = scores(whole)
-    assert len(finished) == 1 + 1 + 1 + 4 + 7
+    assert len(finished) == 1 + 1 + 1 + 6 + 7
     page = (whole / 'figures/smoke/report.html').read_text()
     assert 'data:image/png;base64' in page
     assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', page), 'needs the network'
