@@ -77,10 +77,10 @@ def segment(model: Model,
     "Class map of one image under a protocol."
     size, x = size or tuple(image.shape[-2:]), how.resize(image)
     if not how.window: return enlarged_logits(model, x, size).argmax(1)
-    logits, count = 0., x.new_zeros(x.shape[-2:])
+    logits, count = None, x.new_zeros(x.shape[-2:])
     for rows, cols in windows(x.shape[-2:], how.window, how.overlap):
         piece = enlarged_logits(model, x[..., rows, cols], (rows.stop - rows.start, cols.stop - cols.start))
-        logits = piece.new_zeros(1, piece.shape[1], *count.shape) if isinstance(logits, float) else logits
+        if logits is None: logits = piece.new_zeros(1, piece.shape[1], *count.shape)
         logits[..., rows, cols] += piece
         count[rows, cols] += 1
     return F.interpolate(logits / count, size, mode='bilinear', align_corners=False).argmax(1)

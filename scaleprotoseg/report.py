@@ -473,7 +473,8 @@ def run_notebook(source: str | Path, target: str | Path, parameters: Mapping) ->
     target, notebook = Path(target), _execute(Path(source), dict(parameters))
     target.parent.mkdir(parents=True, exist_ok=True)
     notebook.metadata['papermill'] |= {'input_path': str(source), 'output_path': str(target)}
-    clean = nbformat.from_dict(without_machine_paths(notebook))
+    private = [(v, f'…/{Path(v).name}') for v in parameters.values() if isinstance(v, str) and Path(v).is_absolute() and Path(v).name]   # e.g. data_root
+    clean = nbformat.from_dict(without_machine_paths(notebook, [*private, *_machine_roots()]))
     replace_file(target, lambda p: p.write_text(nbformat.writes(clean) + '\n', encoding='utf-8'))
     return target
 

@@ -386,6 +386,13 @@ def test_executed_notebook_has_its_parameters_and_no_path_of_the_machine(tmp_pat
     assert [p.name for p in target.parent.iterdir()] == ['b.ipynb']
 
 
+def test_the_folder_of_the_data_is_not_in_the_result(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = book(tmp_path / 'a.ipynb', 'print(name)')
+    text = run_notebook(source, tmp_path / 'b.ipynb', {'name': '/archive/of/somebody/data'}).read_text()
+    assert '/archive' not in text and '…/data' in text
+
+
 def test_a_failing_cell_leaves_the_old_result(tmp_path):
     target = tmp_path / 'b.ipynb'
     target.write_text('old')
