@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'EM_STEPS', 'STEPS', 'aug', 'Train', 'Stage', 'Data', 'chosen', 'Recipe', 'blackbox', 'projected',
            'protoseg', 'scaleprotoseg', 'add_recipes', 'find_recipe', 'experiments', 'recipes_of', 'partscapes_recipes',
            'em_recipes', 'em_supplement', 'pretrained_recipes', 'published_data', 'changed', 'in_stage', 'legacy',
-           'taus', 'coco_weights', 'protoseg_ablations', 'camvid']
+           'taus', 'coco_weights', 'protoseg_ablations', 'group_ablations', 'apart', 'camvid']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -348,8 +348,7 @@ def changed(recipe: Recipe, variant: str, model: Mapping = {}, data: Mapping = {
     "A recipe with other values: of its model, its data, or in every stage that trains (a function of the old value, or a value)."
     def new(t, stage): return replace(t, **{k: v(getattr(t, k), stage) if callable(v) else v for k, v in train.items()})
     stages = tuple(replace(s, train=s.train and new(s.train, s.name)) for s in recipe.stages)
-    return replace(recipe, experiment=f'{recipe.experiment}-ablations', variant=variant, stages=stages,
-                   model={**recipe.model, **model}, data=replace(recipe.data, **data))
+    return replace(recipe, variant=variant, stages=stages, model={**recipe.model, **model}, data=replace(recipe.data, **data))
 
 def in_stage(name: str, value):
     "For `changed`: a value in the stages called `name`, as before elsewhere."
@@ -372,10 +371,19 @@ def coco_weights(r: Recipe) -> dict:
     return {**r.model['backbone'], 'weights': 'weights/deeplabv1_resnet101_coco.pth'}
 
 def protoseg_ablations(r: Recipe) -> list[Recipe]:
-    "ProtoSeg, supplement, Table 1; without the diversity loss; from COCO weights."
-    return [*(changed(r, f'k{k}', {'per_class': k}) for k in (4, 20, 50)), *(changed(r, f'd{d}', {'channels': d}) for d in (128, 256)),
-            changed(r, 'joint2x', steps=in_stage('joint', lambda n: 2 * n)), changed(r, 'no_diversity', diversity=0.),
-            changed(r, 'coco', {'backbone': coco_weights(r)})]
+    "ProtoSeg, supplement, Table 1, and without the diversity loss."
+    wider = [n * r.model['channels'] for n in (2, 4)]
+    return [*(changed(r, f'k{k}', {'per_class': k}) for k in (4, 20, 50)), *(changed(r, f'd{d}', {'channels': d}) for d in wider),
+            changed(r, 'joint2x', steps=in_stage('joint', lambda n: 2 * n)), changed(r, 'no_diversity', diversity=0.)]
+
+def group_ablations(r: Recipe) -> list[Recipe]:
+    "What changes in the second stage only: no entropy (ScaleProtoSeg, Tables 8 and 9), other thresholds (Table 7)."
+    return [changed(r, 'no_entropy', entropy=0.), taus(r, (.01, .1))]
+
+# %% ../nbs/10_recipes.ipynb #cell-37
+def apart(*recipes: Recipe) -> list[Recipe]:
+    "The same recipes in an experiment of ablations."
+    return [replace(r, experiment=f'{r.experiment}-ablations') for r in recipes]
 
 for name in ('cityscapes', 'pascal', 'ade20k', 'cocostuff'):
     proto, scale = find_recipe(name, 'protoseg'), find_recipe(name, 'scaleprotoseg')
@@ -383,15 +391,17 @@ for name in ('cityscapes', 'pascal', 'ade20k', 'cocostuff'):
     sgd = changed(box, 'sgd', optimizer='sgd', bias_lr=2., bias_decay=False, batch=5, accumulate=2,
                   lr=lambda lr, stage: dict(trunk=2.5e-4, aspp=2.5e-3))
     from_coco = replace(sgd, variant='sgd_coco', model={**box.model, 'backbone': coco_weights(box)})
-    more = dict(pascal=[from_coco, *protoseg_ablations(proto)], cityscapes=[r for r in protoseg_ablations(proto) if r.variant in ('no_diversity', 'coco')])
-    add_recipes(sgd, *more.get(name, ()), legacy(proto, ('touched', 'absent') if name in ('cityscapes', 'pascal') else ('absent',)),
-                legacy(scale, ('absent',)), changed(scale, 'no_entropy', entropy=0.), taus(scale, (.01, .1)))
+    coco = changed(proto, 'coco', {'backbone': coco_weights(proto)})
+    no_diversity = changed(proto, 'no_diversity', diversity=0.)
+    more = dict(pascal=[from_coco, *protoseg_ablations(proto), coco], cityscapes=[no_diversity, coco])
+    add_recipes(*apart(sgd, *more.get(name, ()), legacy(proto, ('touched', 'absent') if name in ('cityscapes', 'pascal') else ('absent',)),
+                       legacy(scale, ('absent',)), *group_ablations(scale)))
 
-add_recipes(legacy(find_recipe('em', 'protoseg'), ('touched', 'absent')))
+add_recipes(*apart(legacy(find_recipe('em', 'protoseg'), ('touched', 'absent')), *group_ablations(find_recipe('em', 'scaleprotoseg'))))
 aug = find_recipe('pascal', 'scaleprotoseg')
-add_recipes(changed(aug, 'push_train_aug', data={'splits': {**aug.data.splits, 'push': {'split': 'train_aug'}}}))
+add_recipes(*apart(changed(aug, 'push_train_aug', data={'splits': {**aug.data.splits, 'push': {'split': 'train_aug'}}})))
 
-# %% ../nbs/10_recipes.ipynb #cell-39
+# %% ../nbs/10_recipes.ipynb #cell-41
 def camvid(experiment: str, crop: int, steps: Mapping[str, int], **options) -> list[Recipe]:
     "All methods on CamVid."
     splits = dict(train={'split': 'train'}, push={'split': 'train'}, val={'split': 'val'})
@@ -404,3 +414,11 @@ add_recipes(*camvid('camvid', crop=320, steps=dict(warmup=300, joint=4000, finet
                     batch=(16, 1), eval_every=500))
 add_recipes(*camvid('camvid-quick', crop=160, steps=dict(warmup=10, joint=80, finetune=40, group_warmup=20, group_joint=100),
                     batch=(4, 1), eval_every=0, views=1, seeds=(0,)))
+add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))))
+
+# %% ../nbs/10_recipes.ipynb #cell-43
+add_recipes(*(replace(r, experiment='demo-full', seeds=(0, 1, 2)) for r in recipes_of('demo')))
+for name in ('smoke', 'demo', 'demo-full', 'em-quick', 'camvid-quick'):
+    add_recipes(*group_ablations(find_recipe(name, 'scaleprotoseg')))
+add_recipes(*protoseg_ablations(find_recipe('demo-full', 'protoseg')),
+            changed(find_recipe('demo-full', 'scaleprotoseg'), 'no_diversity', diversity=0.))
