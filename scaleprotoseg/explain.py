@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Labels, palette
+from .data import Dataset, Labels, palette
 from .heads import GroupHead
 from .model import Model, Output
 from .projection import Source, load_sheet
@@ -27,9 +28,12 @@ if TYPE_CHECKING:   # matplotlib is slow to import: every plot function does it 
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Atlas', 'read_atlas', 'evidence_kind', 'evidence_maps', 'evidence_weights', 'scale_names', 'evidence_names',
-           'assignment_map', 'GroupMember', 'Group', 'group_members', 'scale_usage', 'as_picture', 'normalized',
-           'overlay', 'plot_segmentation', 'plot_assignment', 'plot_scale_usage', 'plot_prototypes', 'plot_group_graph']
+__all__ = ['STYLE', 'Atlas', 'read_atlas', 'evidence_kind', 'evidence_maps', 'evidence_weights', 'scale_names', 'evidence_names',
+           'prototype_names', 'assignment_map', 'GroupMember', 'Group', 'group_members', 'scale_usage', 'as_picture',
+           'enlarged', 'ClassView', 'class_view', 'overlap_map', 'overlap_score', 'class_pixels', 'fullest_images',
+           'best_images', 'normalized', 'value_range', 'overlay', 'painted', 'outlined', 'spots', 'plot_segmentation',
+           'plot_assignment', 'plot_scale_usage', 'Panel', 'plot_panels', 'assignment_panel', 'heat_panels',
+           'overlap_panel', 'overlap_colors', 'plot_prototypes', 'plot_group_graph']
 
 # %% ../nbs/13_explain.ipynb #cell-07
 @dataclass
@@ -98,6 +102,10 @@ def scale_names(model: Model) -> list[str]:
 def evidence_names(model: Model) -> list[str]:
     "A name for each of the `E` pieces of evidence of any class: 'group 1', or 's1 r6 p1'."
     if evidence_kind(model) == 'groups': return [f'group {g + 1}' for g in range(model.head.weights.shape[1])]
+    return prototype_names(model)
+
+def prototype_names(model: Model) -> list[str]:
+    "A name for each of the `S * K` prototypes of any class, also under groups: 's1 r6 p1'."
     return [f'{scale} p{k + 1}' for scale in scale_names(model) for k in range(model.prototypes.alive.shape[-1])]
 
 # %% ../nbs/13_explain.ipynb #cell-18
@@ -160,29 +168,158 @@ def as_picture(image: Tensor | np.ndarray  # (3, H, W) float in [0, 1], or (H, W
     if isinstance(image, np.ndarray): return image
     return (image.detach().cpu().permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
 
-def normalized(heat: Tensor | np.ndarray  # (h, w)
-              ) -> np.ndarray:            # (h, w) float32 in [0, 1]
+def enlarged(maps: Tensor,            # (..., h, w)
+             size: tuple[int, int],   # H, W
+             mode: str = 'bilinear',  # or bicubic, as in the group overlap of spec 8.6
+            ) -> Tensor:              # (..., H, W) float32
+    "Maps at pixel resolution."
+    flat = maps.detach().float().reshape(1, -1, *maps.shape[-2:])
+    return F.interpolate(flat, size, mode=mode, align_corners=False).reshape(*maps.shape[:-2], *size)
+
+# %% ../nbs/13_explain.ipynb #cell-32
+@dataclass
+class ClassView:
+    "One class in one image: its evidence at every pixel, and which of it is strongest."
+    cls: int
+    image: np.ndarray      # (H, W, 3) uint8
+    mask: np.ndarray       # (H, W) bool, pixels of the class
+    maps: np.ndarray       # (E, H, W) float32; of dead evidence too, see `alive`
+    alive: np.ndarray      # (E,) bool
+    assigned: np.ndarray   # (H, W) int, strongest living evidence; -1 outside the mask
+    names: list[str]       # of the evidence
+
+    def strongest(self, n: int | None = None) -> list[int]:
+        "The `n` living pieces of evidence that are strongest at most pixels of the class, then by number; None: all."
+        won = np.bincount(self.assigned[self.assigned >= 0], minlength=len(self.names))
+        return sorted(np.flatnonzero(self.alive).tolist(), key=lambda e: (-won[e], e))[:n]
+
+def class_view(model: Model,
+               out: Output,                # of one image, with `evidence_kind(model)`, or with similarities
+               image: Tensor | np.ndarray, # (3, H, W) float in [0, 1], or (H, W, 3) uint8
+               mask: Tensor | np.ndarray,  # (H, W) bool, pixels of the class
+               cls: int,
+               prototypes: bool = False,   # show prototypes even if the model has groups
+              ) -> ClassView:
+    "A class of an image. Groups compete by activation times last-layer weight, prototypes by similarity (spec 9)."
+    picture, mask = as_picture(image), np.asarray(mask)
+    prototypes = prototypes or evidence_kind(model) != 'groups'
+    alive = model.prototypes.alive[:, cls].flatten() if prototypes else model.head.evidence(model.prototypes.alive)[cls]
+    own = out.similarities[0, :, cls].flatten(0, 1) if prototypes else out.groups[0, cls]
+    weight = torch.ones(len(own)) if prototypes else evidence_weights(model)[cls, cls].cpu()
+    maps, alive = enlarged(own, picture.shape[:2]).cpu(), alive.cpu()
+    strength = (maps * weight[:, None, None]).masked_fill(~alive[:, None, None], -torch.inf)
+    assigned = np.where(mask & bool(alive.any()), strength.argmax(0).numpy(), -1)
+    return ClassView(cls, picture, mask, maps.numpy(), alive.numpy(), assigned,
+                     prototype_names(model) if prototypes else evidence_names(model))
+
+# %% ../nbs/13_explain.ipynb #cell-36
+def overlap_map(maps: np.ndarray,        # (G, H, W)
+                quantile: float = 0.95,  # of each map's own values
+               ) -> np.ndarray:          # (H, W) int, 0..G
+    "How many maps are above their quantile (spec 8.6: over the whole image, strictly above)."
+    return sum((m > np.quantile(m, quantile)).astype(int) for m in maps)
+
+def overlap_score(counts: np.ndarray,  # of `overlap_map`
+                  n: int               # maps that were counted
+                 ) -> float:           # in [0, 1]; nan for a single map, or where nothing is above
+    "Sum of the intersections over sum of the unions of all pairs of maps."
+    pairs = (counts * (counts - 1) // 2).sum()
+    union = (n - 1) * counts.sum() - pairs
+    return float(pairs / union) if union else float('nan')
+
+# %% ../nbs/13_explain.ipynb #cell-39
+def class_pixels(data: Dataset, most: int = 64) -> tuple[list[int], Tensor]:  # images (N,), pixels (N, C) int64
+    "Pixels of every class in at most `most` images, evenly spread over the dataset."
+    n = min(most, len(data))
+    images = [i * len(data) // n for i in range(n)]
+    counts = [torch.bincount(data[i].label[data[i].label >= 0], minlength=len(data.labels)) for i in images]
+    return images, torch.stack(counts)
+
+def fullest_images(pixels: Tensor,     # (N, C)
+                   n: int, share: float = 0.005) -> list[int]:  # rows of `pixels`
+    "The `n` images with most classes that cover at least `share` of their labelled pixels; ties keep the order."
+    classes = (pixels >= share * pixels.sum(1, keepdim=True).clamp_min(1)).sum(1)
+    return classes.argsort(descending=True, stable=True)[:n].tolist()
+
+def best_images(pixels: Tensor,              # (N, C)
+                classes: Iterable[int]) -> list[tuple[int, int]]:  # (row of `pixels`, class)
+    "For each class that occurs, the image where it has most pixels, each image once as long as there are others."
+    free, pairs = torch.ones(len(pixels), dtype=torch.bool), []
+    for c in classes:
+        counts = torch.where(free, pixels[:, c], 0)
+        row = int((counts if counts.any() else pixels[:, c]).argmax())
+        if not pixels[row, c]: continue
+        free[row] = False
+        pairs.append((row, c))
+    return pairs
+
+# %% ../nbs/13_explain.ipynb #cell-42
+def normalized(heat: Tensor | np.ndarray,                  # (h, w)
+               limits: tuple[float, float] | None = None,  # values that become 0 and 1; None: smallest and largest
+              ) -> np.ndarray:                             # (h, w) float32 in [0, 1]
     "Smallest value to 0, largest to 1; a flat map becomes 0 everywhere."
     heat = np.asarray(heat.detach().cpu() if isinstance(heat, Tensor) else heat, np.float32)
-    span = heat.max() - heat.min()
-    return (heat - heat.min()) / span if np.isfinite(span) and span > 0 else np.zeros_like(heat)
+    low, high = (heat.min(), heat.max()) if limits is None else limits
+    return np.clip((heat - low) / (high - low), 0, 1) if np.isfinite(high - low) and high > low else np.zeros_like(heat)
+
+def value_range(maps: Tensor | np.ndarray,       # (..., H, W)
+                mask: np.ndarray | None = None,  # (H, W) bool; None: everywhere
+               ) -> tuple[float, float]:
+    "Smallest and largest value of all maps inside the mask: one scale for pictures that are compared; 0, 0 if empty."
+    maps = np.asarray(maps.detach().cpu() if isinstance(maps, Tensor) else maps)
+    values = maps if mask is None else maps[..., mask]
+    return (float(values.min()), float(values.max())) if values.size else (0., 0.)
 
 def overlay(image: Tensor | np.ndarray,         # (3, H, W) float in [0, 1], or (H, W, 3) uint8
             heat: Tensor | np.ndarray,          # (h, w), any range
-            mask: np.ndarray | None = None,     # (H, W) bool; outside the picture is only dimmed
+            mask: np.ndarray | None = None,     # (H, W) bool; outside the picture is grey and pale
+            limits: tuple[float, float] | None = None,  # values that are coldest and hottest; None: those in the mask
            ) -> np.ndarray:                     # (H, W, 3) uint8
     "A heat map over the greyed picture: dark where cold, yellow where hot."
     picture = as_picture(image)
     H, W = picture.shape[:2]
-    heat = np.clip(cv2.resize(normalized(heat), (W, H), interpolation=cv2.INTER_LINEAR), 0, 1)
+    heat = np.asarray(heat.detach().cpu() if isinstance(heat, Tensor) else heat, np.float32)
+    if limits is None and mask is None: limits = value_range(heat)
+    if heat.shape != (H, W): heat = cv2.resize(heat, (W, H), interpolation=cv2.INTER_LINEAR)
+    heat = normalized(heat, value_range(heat, mask) if limits is None else limits)
     colour = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
     grey = picture.mean(-1, keepdims=True)
     share = 0.25 + 0.45 * heat[..., None]
     blend = (1 - share) * grey + share * colour
-    if mask is not None: blend = np.where(mask[..., None], blend, 0.5 * grey)
+    if mask is not None: blend = np.where(mask[..., None], blend, _pale(picture))
     return blend.round().astype(np.uint8)
 
-# %% ../nbs/13_explain.ipynb #cell-31
+def _pale(picture): return 0.35 * picture.mean(-1, keepdims=True) + 0.65 * 255
+
+def painted(image: Tensor | np.ndarray,                  # (3, H, W) float in [0, 1], or (H, W, 3) uint8
+            numbers: np.ndarray,                         # (H, W) int, -1: nothing
+            colors: Sequence[tuple[int, int, int]],      # of the numbers
+           ) -> np.ndarray:                              # (H, W, 3) uint8
+    "Colours of the numbers over the greyed picture, which is pale where there is none."
+    picture, colors = as_picture(image), np.array(colors, np.uint8).reshape(-1, 3)
+    shown = 0.3 * picture.mean(-1, keepdims=True) + 0.7 * colors[np.maximum(numbers, 0)]
+    return np.where((numbers >= 0)[..., None], shown, _pale(picture)).round().astype(np.uint8)
+
+def outlined(image: Tensor | np.ndarray, mask: np.ndarray,
+             color: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:  # (H, W, 3) uint8
+    "The picture with a line around the pixels of the mask, in `color` on black."
+    picture, width = as_picture(image).copy(), max(1, round(max(mask.shape) / 300))
+    edges = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
+    for c, w in (((0, 0, 0), 3 * width), (color, width)): cv2.drawContours(picture, edges, -1, tuple(map(int, c)), w)
+    return picture
+
+def spots(numbers: np.ndarray,  # (H, W) int, -1: nothing
+          size: float = 0.02,   # smallest distance to the border of a region, as a share of the image's diagonal
+         ) -> list[tuple[int, int, int]]:  # number, row, column
+    "A place deep inside the largest region of every number, to write it there; small regions have none."
+    found = []
+    for n in np.unique(numbers[numbers >= 0]).tolist():
+        depth = cv2.distanceTransform(np.pad(numbers == n, 1).astype(np.uint8), cv2.DIST_L2, 5)[1:-1, 1:-1]
+        y, x = np.unravel_index(depth.argmax(), depth.shape)
+        if depth[y, x] >= size * np.hypot(*numbers.shape): found.append((n, int(y), int(x)))
+    return found
+
+# %% ../nbs/13_explain.ipynb #cell-44
 def _legend(target, names, colors, columns: int, **where):
     "Squares with names, on an axis or a figure."
     from matplotlib.patches import Patch
@@ -200,7 +337,7 @@ def _picture_axes(n: int, shape: tuple[int, int], width: float, extra: float):
     for ax in axes[0]: ax.set_axis_off()
     return fig, axes[0]
 
-# %% ../nbs/13_explain.ipynb #cell-32
+# %% ../nbs/13_explain.ipynb #cell-45
 def plot_segmentation(image: Tensor | np.ndarray,       # (3, H, W) float in [0, 1], or (H, W, 3) uint8
                       label: Tensor | np.ndarray | None,  # (H, W) int, void -1; None if unknown
                       prediction: Tensor | np.ndarray,    # (H, W) int
@@ -222,7 +359,7 @@ def plot_segmentation(image: Tensor | np.ndarray,       # (3, H, W) float in [0,
     _legend(fig, names, colors, columns, loc='lower center')
     return fig
 
-# %% ../nbs/13_explain.ipynb #cell-34
+# %% ../nbs/13_explain.ipynb #cell-47
 def plot_assignment(image: Tensor | np.ndarray,      # (3, H, W) float in [0, 1], or (H, W, 3) uint8
                     assigned: Tensor | np.ndarray,   # (h, w) int, evidence of the class; -1 none
                     names: Sequence[str],            # of the E pieces of evidence, see `evidence_names`
@@ -237,9 +374,7 @@ def plot_assignment(image: Tensor | np.ndarray,      # (3, H, W) float in [0, 1]
     assigned = cv2.resize(np.asarray(assigned).astype(np.int32), (W, H), interpolation=cv2.INTER_NEAREST_EXACT)
     inside = (assigned >= 0) & (True if mask is None else np.asarray(mask))
     colors = np.array(palette(len(names)), np.uint8)
-    grey = np.repeat(picture.mean(-1, keepdims=True), 3, -1)
-    shown = np.where(inside[..., None], 0.3 * grey + 0.7 * colors[np.maximum(assigned, 0)], 0.35 * grey + 0.65 * 255)
-    ax.imshow(shown.round().astype(np.uint8), interpolation='nearest')
+    ax.imshow(painted(picture, np.where(inside, assigned, -1), colors), interpolation='nearest')
     ax.set_axis_off()
     ax.set_title(title, fontsize=9, pad=3)
     here = np.unique(assigned[inside])
@@ -247,7 +382,7 @@ def plot_assignment(image: Tensor | np.ndarray,      # (3, H, W) float in [0, 1]
         _legend(ax, [names[i] for i in here], colors[here], 3, loc='upper center', bbox_to_anchor=(0.5, -0.04))
     return ax
 
-# %% ../nbs/13_explain.ipynb #cell-36
+# %% ../nbs/13_explain.ipynb #cell-49
 def plot_scale_usage(usage: Tensor,            # (C, S), see `scale_usage`
                      labels: Labels,
                      scales: Sequence[str],    # names, see `scale_names`
@@ -274,7 +409,113 @@ def plot_scale_usage(usage: Tensor,            # (C, S), see `scale_usage`
               columnspacing=1, borderaxespad=0.2)
     return ax
 
-# %% ../nbs/13_explain.ipynb #cell-39
+# %% ../nbs/13_explain.ipynb #cell-52
+STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.labelsize': 7.5, 'ytick.labelsize': 7.5,
+         'legend.fontsize': 7.5, 'figure.titlesize': 9, 'axes.linewidth': 0.6, 'image.interpolation': 'nearest'}
+
+@dataclass
+class Panel:
+    "A picture with a title, a frame and words on it."
+    picture: np.ndarray                                # (H, W, 3) uint8
+    title: str = ''
+    color: tuple[int, int, int] | None = None          # of the frame
+    notes: list[tuple[str, float, float]] = field(default_factory=list)   # text, row, column
+
+def plot_panels(rows: Sequence[Sequence[Panel]],
+                names: Sequence[str] = (),             # of the rows
+                legend: Sequence[tuple[str, Sequence[str], Sequence]] = (),  # lines: title, names, colours 0..255
+                bar: tuple[str, str] | None = None,    # words at the cold and the hot end of the heat maps' colours
+                width: float = 7., highest: float = 2.4,  # inches; no picture is higher
+               ) -> Figure:
+    "Rows of pictures, as wide as the page; below them the colours of the heat maps and what other colours mean."
+    import matplotlib.pyplot as plt
+    left, gap, line = 0.22 if names else 0.02, 0.06, 0.135
+    heights = [min(highest, (width - left - gap * (len(row) - 1) - 0.02) / sum(map(_aspect, row))) for row in rows]
+    heads = [line * max(p.title.count('\n') + bool(p.title) for p in row) + 0.05 for row in rows]
+    lines = [(t, n, c, _legend_columns(t, n, width)) for t, n, c in legend if len(n)]
+    feet = [0.2] * (bar is not None) + [0.17 * -(-len(n) // k) for _, n, _, k in lines]
+    total = sum(heights) + sum(heads) + gap * len(rows) + sum(feet) + 0.06
+    with plt.rc_context(STYLE):
+        fig, y = plt.figure(figsize=(width, total)), 0.
+        def axes(x, y, w, h): return fig.add_axes((x / width, 1 - (y + h) / total, w / width, h / total))
+        for i, (row, h, head) in enumerate(zip(rows, heights, heads)):
+            y += head
+            if names: fig.text(0.1 / width, 1 - (y + h / 2) / total, names[i], rotation=90, ha='center', va='center')
+            for x, panel in zip(_places(row, h, left, width - 0.02, gap), row): _draw_panel(axes(x, y, h * _aspect(panel), h), panel)
+            y += h + gap
+        if bar: _draw_bar(fig, axes(width / 2 - 0.8, y + 0.06, 1.6, 0.1), bar)
+        y += 0.2 * (bar is not None)
+        for (title, found, colors, k), foot in zip(lines, feet[bar is not None:]):
+            _legend(fig, found, colors, k, loc='upper left', bbox_to_anchor=(_TITLE / width, 1 - (y + 0.02) / total))
+            fig.text(left / width, 1 - (y + 0.085) / total, title, va='center', fontsize=7.5)
+            y += foot
+    return fig
+
+_TITLE = 1.45    # inches for the title of a line of the legend
+
+def _aspect(panel): return panel.picture.shape[1] / panel.picture.shape[0]
+
+def _places(row, height, left, right, gap):
+    "Where panels begin: in equal columns if all have the same shape, else one after the other."
+    widths = [height * _aspect(p) for p in row]
+    if max(widths) - min(widths) < 0.01:
+        slot = (right - left + gap) / len(row)
+        if slot > 1.35 * widths[0]: slot = widths[0] + gap                       # few pictures: keep them together
+        return [left + i * slot for i in range(len(row))]
+    return [left + sum(widths[:i]) + i * gap for i in range(len(row))]
+
+def _draw_panel(ax, panel):
+    H, W = panel.picture.shape[:2]
+    ax.imshow(panel.picture, interpolation='bilinear' if max(H, W) <= 64 else 'nearest')
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(panel.title, pad=2.5, linespacing=1.05)
+    ax.spines[:].set(visible=panel.color is not None, lw=1.6, color=np.asarray(panel.color or (0, 0, 0)) / 255)
+    for text, y, x in panel.notes: _outlined_text(ax, x, y, text)
+
+def _outlined_text(ax, x, y, text):
+    from matplotlib.patheffects import withStroke
+    ax.text(x, y, text, ha='center', va='center', fontsize=7.5, color='black', path_effects=[withStroke(linewidth=2, foreground='white')])
+
+def _draw_bar(fig, ax, words):
+    "The colours of `overlay` on a grey picture, from cold to hot."
+    ramp = np.linspace(0, 1, 256)[None].repeat(8, 0)
+    ax.imshow(overlay(np.full((8, 256, 3), 128, np.uint8), ramp), aspect='auto')
+    ax.set_axis_off()
+    ax.text(-0.03, 0.45, words[0], transform=ax.transAxes, ha='right', va='center', fontsize=7.5)
+    ax.text(1.03, 0.45, words[1], transform=ax.transAxes, ha='left', va='center', fontsize=7.5)
+
+def _legend_columns(title, names, width):
+    "How many names fit into a line of the legend."
+    return min(len(names), max(1, int((width - _TITLE) / (0.36 + 0.062 * max(map(len, names))))))
+
+# %% ../nbs/13_explain.ipynb #cell-53
+def assignment_panel(view: ClassView, title: str = '') -> Panel:
+    "Which evidence is strongest at the pixels of the class, in the colours of `palette`, with its numbers from 1 on."
+    colors = palette(len(view.names))
+    notes = [(str(e + 1), y, x) for e, y, x in spots(view.assigned)]
+    return Panel(painted(view.image, view.assigned, colors), title, notes=notes)
+
+def heat_panels(view: ClassView, which: Sequence[int] | None = None,  # evidence; None: all that lives
+                shared: bool = False,                 # one scale for all maps, or each from its own lowest to highest?
+               ) -> list[Panel]:
+    "The maps of a class inside its pixels, frames in the colours of `assignment_panel`."
+    which = np.flatnonzero(view.alive).tolist() if which is None else list(which)
+    limits, colors = value_range(view.maps[which], view.mask) if shared else None, palette(len(view.names))
+    return [Panel(overlay(view.image, view.maps[e], view.mask, limits), view.names[e], colors[e]) for e in which]
+
+def overlap_panel(view: ClassView, quantile: float = 0.95) -> Panel:
+    "How many maps of the class are above their own quantile, and the overlap score of this image and class."
+    counts, n = overlap_map(view.maps[view.alive], quantile), int(view.alive.sum())
+    score = overlap_score(counts, n)
+    picture = outlined(painted(view.image, counts - 1, overlap_colors(n)), view.mask)
+    return Panel(picture, f'overlap {100 * score:.0f} %' if score == score else 'overlap —')
+
+def overlap_colors(n: int) -> list[tuple[int, int, int]]:
+    "Colours for 1..n maps at once, light to dark."
+    import matplotlib
+    return [tuple(round(255 * v) for v in matplotlib.colormaps['viridis_r'](0.1 + 0.85 * i / max(n - 1, 1))[:3]) for i in range(n)]
+
+# %% ../nbs/13_explain.ipynb #cell-57
 def plot_prototypes(atlas: Atlas, labels: Labels,
                     alive: Tensor,                         # (S, C, K) bool
                     classes: Sequence[int] | None = None,  # rows; None: all
@@ -314,7 +555,7 @@ def _draw_tile(ax, tile, x, y, color, alive=True, side=1.0):
     ax.add_patch(Rectangle((x, y), side, side, zorder=3, **frame))
     if not alive: ax.plot([x, x + side], [y + side, y], color='0.6', lw=0.8, zorder=3)
 
-# %% ../nbs/13_explain.ipynb #cell-42
+# %% ../nbs/13_explain.ipynb #cell-60
 def plot_group_graph(groups: Sequence[Group], atlas: Atlas, labels: Labels,
                      scales: Sequence[str] | None = None,  # names, see `scale_names`
                      ax: Axes | None = None) -> Axes:

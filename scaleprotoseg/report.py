@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data import Dataset, Labels, Sample, lookup, open_dataset
+from .explain import Atlas, read_atlas
 from .heads import GroupHead
-from .model import Model, replace_file
-from .recipes import Recipe, experiments, recipes_of
+from .model import Model, load_model, pick_device, read_config, replace_file
+from .recipes import Recipe, experiments, find_recipe, recipes_of
 from .runs import from_root, is_finished, read_metrics, run_folder
 
 if TYPE_CHECKING:
@@ -35,10 +36,10 @@ __all__ = ['COLUMNS', 'PUBLISHED_DATA', 'EM_SEED', 'STEPS', 'METHOD_NAMES', 'PAP
            'is_ablation', 'finished_stage', 'published', 'recipe_table', 'published_recipe', 'published_recipes',
            'dataset_key', 'compare', 'summarise', 'whole', 'find_published', 'compared', 'accuracy_table',
            'steps_table', 'Case', 'size_cases', 'threshold_cases', 'entropy_cases', 'ablation_table', 'shown',
-           'save_table', 'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'open_split',
-           'used_prototypes', 'busiest_classes', 'plot_comparison', 'notebook_parameters', 'check_parameters',
-           'NotebookFailed', 'run_notebook', 'without_machine_paths', 'PaperNotebook', 'paper_notebooks', 'main_table',
-           'read_title', 'build_report']
+           'save_table', 'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run', 'open_run',
+           'provenance_of', 'used_prototypes', 'busiest_classes', 'plot_comparison', 'notebook_parameters',
+           'check_parameters', 'NotebookFailed', 'run_notebook', 'without_machine_paths', 'PaperNotebook',
+           'paper_notebooks', 'main_table', 'read_title', 'build_report']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -384,12 +385,50 @@ def last_runs(frame: pd.DataFrame, recipes: Iterable[Recipe], seed: int) -> pd.D
 # %% ../nbs/15_report.ipynb #cell-48
 METHOD_NAMES = {'deeplabv2': 'DeepLabv2', 'unet': 'U-Net', 'protoseg': 'ProtoSeg', 'scaleprotoseg': 'ScaleProtoSeg'}
 
-def open_split(recipe: Recipe, role: str,  # train, push or val
-               data_root: str | Path = ''  # '' where the dataset's default will do
-              ) -> Dataset:
-    "The split of a recipe's dataset that plays a role."
-    import scaleprotoseg.training  # noqa: F401, makes every dataset known
-    return open_dataset(recipe.data.dataset, root=data_root or None, **recipe.data.splits[role])
+@dataclass
+class Run:
+    "A finished stage, opened to be looked at."
+    recipe: Recipe
+    seed: int
+    folder: Path
+    model: Model
+    labels: Labels
+    atlas: Atlas | None   # None for a black box, and before projection
+    row: dict             # of `collect`
+
+    @property
+    def about(self) -> str:
+        "Provenance, for captions."
+        return provenance_of(self)
+
+    def split(self, role: str,                   # train, push or val
+              data_root: str | Path | None = ''  # '' where the dataset's default will do
+             ) -> Dataset:
+        "The split of the recipe's dataset that plays a role."
+        import scaleprotoseg.training  # noqa: F401, makes every dataset known
+        return open_dataset(self.recipe.data.dataset, root=data_root or None, **self.recipe.data.splits[role])
+
+def open_run(runs: str | Path, experiment: str, method: str, variant: str = '', seed: int = 0,
+             stage: str = '',       # '' is the last
+             device: str = 'auto',  # where the model is put
+            ) -> Run:
+    """A finished stage of a method; FileNotFoundError says which command runs it.
+
+    In an experiment of ablations the empty variant is the recipe that the others vary."""
+    recipe = find_recipe(experiment if variant else main_experiment(experiment), method, variant)
+    stage = recipe.stage(stage).name if stage else recipe.last.name
+    folder = finished_stage(runs, recipe, seed, stage)
+    if folder is None:
+        command = f'scaleprotoseg run {recipe.experiment} {method}' + (f' --variant {variant}' if variant else '')
+        raise FileNotFoundError(f'no finished {stage} of {recipe.name} with seed {seed} in {runs}; run `{command} --seed {seed}`')
+    model, labels = load_model(folder).to(pick_device(device)), Labels.from_dict(read_config(folder)['labels'])
+    atlas = read_atlas(folder) if (folder / 'prototypes.json').is_file() else None
+    return Run(recipe, seed, folder, model, labels, atlas, _facts(recipe, seed, stage, folder))
+
+def provenance_of(*opened: Run) -> str:
+    "Seeds, data, device, commit and recipes of what a figure shows."
+    import pandas as pd
+    return provenance_text(pd.DataFrame([r.row for r in opened], columns=list(COLUMNS)))
 
 def used_prototypes(model: Model) -> Tensor:  # (S, C, K) bool
     "Living prototypes; with groups, only those with a weight in one of them (spec 8.5)."
