@@ -2,8 +2,9 @@
 # A job's only declared output is its final marker; run folders and resume states belong to the package.
 from shlex import quote
 
+from scaleprotoseg.contents import paper_notebooks
 from scaleprotoseg.recipes import find_recipe, recipes_of
-from scaleprotoseg.report import notebook_parameters, paper_notebooks
+from scaleprotoseg.report import notebook_parameters
 
 EXPERIMENT = config.get("experiment", "demo")
 DATA_ROOT = config.get("data_root", "")
@@ -20,7 +21,8 @@ def marker(recipe, seed):
 
 def start(w):
     recipe = RECIPES[w.method]
-    return [marker(find_recipe(EXPERIMENT, recipe.init), w.seed)] if recipe.init else []
+    before = [find_recipe(EXPERIMENT, recipe.init)] if recipe.init else []
+    return [marker(r, w.seed) for r in [*before, recipe.judged()] if r]
 
 
 MARKERS = [marker(r, seed) for r in RECIPES.values() for seed in r.seeds]
@@ -65,7 +67,8 @@ rule read:
     params:
         data=lambda w, input: f"-p data_root={quote(DATA_ROOT)}" if DATA_ROOT and "data_root" in notebook_parameters(input.notebook) else "",
     shell:
-        "scaleprotoseg notebook {input.notebook} {output} -p experiment={EXPERIMENT} {params.data}"
+        # as many threads as Snakemake counts: notebooks run side by side
+        "OMP_NUM_THREADS={threads} scaleprotoseg notebook {input.notebook} {output} -p experiment={EXPERIMENT} {params.data}"
 
 
 rule report:

@@ -30,9 +30,10 @@ if TYPE_CHECKING:   # matplotlib is slow to import: every plot function does it 
 # %% auto #0
 __all__ = ['STYLE', 'Atlas', 'read_atlas', 'evidence_kind', 'evidence_maps', 'evidence_weights', 'scale_names', 'evidence_names',
            'prototype_names', 'assignment_map', 'GroupMember', 'Group', 'group_members', 'scale_usage', 'as_picture',
-           'enlarged', 'ClassView', 'class_view', 'overlap_map', 'overlap_score', 'class_pixels', 'fullest_images',
-           'best_images', 'normalized', 'value_range', 'overlay', 'painted', 'outlined', 'spots', 'plot_segmentation',
-           'plot_assignment', 'plot_scale_usage', 'Panel', 'plot_panels', 'assignment_panel', 'heat_panels',
+           'enlarged', 'ClassView', 'class_view', 'strongest_prototypes', 'overlap_map', 'overlap_score',
+           'class_pixels', 'fullest_images', 'best_images', 'objects_first', 'normalized', 'value_range', 'overlay',
+           'painted', 'outlined', 'spots', 'plot_segmentation', 'plot_assignment', 'plot_scale_usage', 'Panel',
+           'plot_panels', 'assignment_panel', 'heat_panels', 'patch_panel', 'prototype_panels', 'shades',
            'overlap_panel', 'overlap_colors', 'plot_prototypes', 'plot_group_graph']
 
 # %% ../nbs/13_explain.ipynb #cell-07
@@ -199,6 +200,7 @@ def class_view(model: Model,
                mask: Tensor | np.ndarray,  # (H, W) bool, pixels of the class
                cls: int,
                prototypes: bool = False,   # show prototypes even if the model has groups
+               mode: str = 'bilinear',     # of `enlarged`
               ) -> ClassView:
     "A class of an image. Groups compete by activation times last-layer weight, prototypes by similarity (spec 9)."
     picture, mask = as_picture(image), np.asarray(mask)
@@ -206,13 +208,27 @@ def class_view(model: Model,
     alive = model.prototypes.alive[:, cls].flatten() if prototypes else model.head.evidence(model.prototypes.alive)[cls]
     own = out.similarities[0, :, cls].flatten(0, 1) if prototypes else out.groups[0, cls]
     weight = torch.ones(len(own)) if prototypes else evidence_weights(model)[cls, cls].cpu()
-    maps, alive = enlarged(own, picture.shape[:2]).cpu(), alive.cpu()
+    maps, alive = enlarged(own, picture.shape[:2], mode).cpu(), alive.cpu()
     strength = (maps * weight[:, None, None]).masked_fill(~alive[:, None, None], -torch.inf)
     assigned = np.where(mask & bool(alive.any()), strength.argmax(0).numpy(), -1)
     return ClassView(cls, picture, mask, maps.numpy(), alive.numpy(), assigned,
                      prototype_names(model) if prototypes else evidence_names(model))
 
 # %% ../nbs/13_explain.ipynb #cell-36
+def strongest_prototypes(model: Model, out: Output,        # of one image, with similarities
+                         size: tuple[int, int],            # H, W
+                        ) -> tuple[np.ndarray, np.ndarray]:  # class and prototype, (H, W) int each
+    "At every pixel the living prototype of the highest similarity; on a tie the first class, then the first prototype."
+    best, cls, number = torch.full(size, -torch.inf), torch.full(size, -1), torch.full(size, -1)
+    alive = model.prototypes.alive.transpose(0, 1).flatten(1).cpu()                            # (C, S * K)
+    for c in torch.nonzero(alive.any(1)).flatten().tolist():
+        maps = enlarged(out.similarities[0, :, c].flatten(0, 1), size).cpu().masked_fill(~alive[c, :, None, None], -torch.inf)
+        value, e = maps.max(0)
+        better = value > best
+        best, cls, number = torch.where(better, value, best), torch.where(better, c, cls), torch.where(better, e, number)
+    return cls.numpy(), number.numpy()
+
+# %% ../nbs/13_explain.ipynb #cell-39
 def overlap_map(maps: np.ndarray,        # (G, H, W)
                 quantile: float = 0.95,  # of each map's own values
                ) -> np.ndarray:          # (H, W) int, 0..G
@@ -227,7 +243,7 @@ def overlap_score(counts: np.ndarray,  # of `overlap_map`
     union = (n - 1) * counts.sum() - pairs
     return float(pairs / union) if union else float('nan')
 
-# %% ../nbs/13_explain.ipynb #cell-39
+# %% ../nbs/13_explain.ipynb #cell-42
 def class_pixels(data: Dataset, most: int = 64) -> tuple[list[int], Tensor]:  # images (N,), pixels (N, C) int64
     "Pixels of every class in at most `most` images, evenly spread over the dataset."
     n = min(most, len(data))
@@ -253,7 +269,11 @@ def best_images(pixels: Tensor,              # (N, C)
         pairs.append((row, c))
     return pairs
 
-# %% ../nbs/13_explain.ipynb #cell-42
+def objects_first(classes: Iterable[int], labels: Labels) -> list[int]:
+    "Classes with more annotated parts before others, else in the order given: things before their surroundings."
+    return sorted(classes, key=lambda c: -len(labels.parts[c]) if labels.parts else 0)
+
+# %% ../nbs/13_explain.ipynb #cell-45
 def normalized(heat: Tensor | np.ndarray,                  # (h, w)
                limits: tuple[float, float] | None = None,  # values that become 0 and 1; None: smallest and largest
               ) -> np.ndarray:                             # (h, w) float32 in [0, 1]
@@ -264,11 +284,14 @@ def normalized(heat: Tensor | np.ndarray,                  # (h, w)
 
 def value_range(maps: Tensor | np.ndarray,       # (..., H, W)
                 mask: np.ndarray | None = None,  # (H, W) bool; None: everywhere
+                tail: float = 0.,                # share of the values that may lie outside, at either end
                ) -> tuple[float, float]:
     "Smallest and largest value of all maps inside the mask: one scale for pictures that are compared; 0, 0 if empty."
     maps = np.asarray(maps.detach().cpu() if isinstance(maps, Tensor) else maps)
     values = maps if mask is None else maps[..., mask]
-    return (float(values.min()), float(values.max())) if values.size else (0., 0.)
+    if not values.size: return 0., 0.
+    if tail: return tuple(np.quantile(values, (tail, 1 - tail)).tolist())
+    return float(values.min()), float(values.max())
 
 def overlay(image: Tensor | np.ndarray,         # (3, H, W) float in [0, 1], or (H, W, 3) uint8
             heat: Tensor | np.ndarray,          # (h, w), any range
@@ -283,8 +306,8 @@ def overlay(image: Tensor | np.ndarray,         # (3, H, W) float in [0, 1], or 
     if heat.shape != (H, W): heat = cv2.resize(heat, (W, H), interpolation=cv2.INTER_LINEAR)
     heat = normalized(heat, value_range(heat, mask) if limits is None else limits)
     colour = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    grey = picture.mean(-1, keepdims=True)
-    share = 0.25 + 0.45 * heat[..., None]
+    grey = 70 + 0.6 * picture.mean(-1, keepdims=True)             # less contrast than the picture: the colours count
+    share = 0.5 + 0.35 * heat[..., None]
     blend = (1 - share) * grey + share * colour
     if mask is not None: blend = np.where(mask[..., None], blend, _pale(picture))
     return blend.round().astype(np.uint8)
@@ -301,10 +324,11 @@ def painted(image: Tensor | np.ndarray,                  # (3, H, W) float in [0
     return np.where((numbers >= 0)[..., None], shown, _pale(picture)).round().astype(np.uint8)
 
 def outlined(image: Tensor | np.ndarray, mask: np.ndarray,
-             color: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:  # (H, W, 3) uint8
-    "The picture with a line around the pixels of the mask, in `color` on black."
-    picture, width = as_picture(image).copy(), max(1, round(max(mask.shape) / 300))
-    edges = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
+             color: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:  # uint8, a multiple of the image's size
+    "The picture with a thin line around the pixels of the mask, in `color` on black; small pictures are enlarged for it."
+    picture, k = as_picture(image), -(-600 // max(mask.shape))
+    picture, large = (np.ascontiguousarray(x.repeat(k, 0).repeat(k, 1)) for x in (picture, mask.astype(np.uint8)))
+    width, edges = max(1, max(large.shape) // 500), cv2.findContours(large, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)[0]
     for c, w in (((0, 0, 0), 3 * width), (color, width)): cv2.drawContours(picture, edges, -1, tuple(map(int, c)), w)
     return picture
 
@@ -319,7 +343,7 @@ def spots(numbers: np.ndarray,  # (H, W) int, -1: nothing
         if depth[y, x] >= size * np.hypot(*numbers.shape): found.append((n, int(y), int(x)))
     return found
 
-# %% ../nbs/13_explain.ipynb #cell-44
+# %% ../nbs/13_explain.ipynb #cell-47
 def _legend(target, names, colors, columns: int, **where):
     "Squares with names, on an axis or a figure."
     from matplotlib.patches import Patch
@@ -337,7 +361,7 @@ def _picture_axes(n: int, shape: tuple[int, int], width: float, extra: float):
     for ax in axes[0]: ax.set_axis_off()
     return fig, axes[0]
 
-# %% ../nbs/13_explain.ipynb #cell-45
+# %% ../nbs/13_explain.ipynb #cell-48
 def plot_segmentation(image: Tensor | np.ndarray,       # (3, H, W) float in [0, 1], or (H, W, 3) uint8
                       label: Tensor | np.ndarray | None,  # (H, W) int, void -1; None if unknown
                       prediction: Tensor | np.ndarray,    # (H, W) int
@@ -359,7 +383,7 @@ def plot_segmentation(image: Tensor | np.ndarray,       # (3, H, W) float in [0,
     _legend(fig, names, colors, columns, loc='lower center')
     return fig
 
-# %% ../nbs/13_explain.ipynb #cell-47
+# %% ../nbs/13_explain.ipynb #cell-50
 def plot_assignment(image: Tensor | np.ndarray,      # (3, H, W) float in [0, 1], or (H, W, 3) uint8
                     assigned: Tensor | np.ndarray,   # (h, w) int, evidence of the class; -1 none
                     names: Sequence[str],            # of the E pieces of evidence, see `evidence_names`
@@ -382,7 +406,7 @@ def plot_assignment(image: Tensor | np.ndarray,      # (3, H, W) float in [0, 1]
         _legend(ax, [names[i] for i in here], colors[here], 3, loc='upper center', bbox_to_anchor=(0.5, -0.04))
     return ax
 
-# %% ../nbs/13_explain.ipynb #cell-49
+# %% ../nbs/13_explain.ipynb #cell-52
 def plot_scale_usage(usage: Tensor,            # (C, S), see `scale_usage`
                      labels: Labels,
                      scales: Sequence[str],    # names, see `scale_names`
@@ -409,7 +433,7 @@ def plot_scale_usage(usage: Tensor,            # (C, S), see `scale_usage`
               columnspacing=1, borderaxespad=0.2)
     return ax
 
-# %% ../nbs/13_explain.ipynb #cell-52
+# %% ../nbs/13_explain.ipynb #cell-55
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.labelsize': 8, 'xtick.labelsize': 7.5, 'ytick.labelsize': 7.5,
          'legend.fontsize': 7.5, 'figure.titlesize': 9, 'axes.linewidth': 0.6, 'image.interpolation': 'nearest'}
 
@@ -430,9 +454,10 @@ def plot_panels(rows: Sequence[Sequence[Panel]],
     "Rows of pictures, as wide as the page; below them the colours of the heat maps and what other colours mean."
     import matplotlib.pyplot as plt
     left, gap, line = 0.22 if names else 0.02, 0.06, 0.135
+    indent = left + max((0.067 * len(title) for title, *_ in legend), default=0) + 0.12    # where the colours of the legend begin
     heights = [min(highest, (width - left - gap * (len(row) - 1) - 0.02) / sum(map(_aspect, row))) for row in rows]
     heads = [line * max(p.title.count('\n') + bool(p.title) for p in row) + 0.05 for row in rows]
-    lines = [(t, n, c, _legend_columns(t, n, width)) for t, n, c in legend if len(n)]
+    lines = [(t, n, c, _legend_columns(n, width - indent)) for t, n, c in legend if len(n)]
     feet = [0.2] * (bar is not None) + [0.17 * -(-len(n) // k) for _, n, _, k in lines]
     total = sum(heights) + sum(heads) + gap * len(rows) + sum(feet) + 0.06
     with plt.rc_context(STYLE):
@@ -446,12 +471,10 @@ def plot_panels(rows: Sequence[Sequence[Panel]],
         if bar: _draw_bar(fig, axes(width / 2 - 0.8, y + 0.06, 1.6, 0.1), bar)
         y += 0.2 * (bar is not None)
         for (title, found, colors, k), foot in zip(lines, feet[bar is not None:]):
-            _legend(fig, found, colors, k, loc='upper left', bbox_to_anchor=(_TITLE / width, 1 - (y + 0.02) / total))
+            _legend(fig, found, colors, k, loc='upper left', bbox_to_anchor=(indent / width, 1 - (y + 0.02) / total))
             fig.text(left / width, 1 - (y + 0.085) / total, title, va='center', fontsize=7.5)
             y += foot
     return fig
-
-_TITLE = 1.45    # inches for the title of a line of the legend
 
 def _aspect(panel): return panel.picture.shape[1] / panel.picture.shape[0]
 
@@ -466,7 +489,9 @@ def _places(row, height, left, right, gap):
 
 def _draw_panel(ax, panel):
     H, W = panel.picture.shape[:2]
-    ax.imshow(panel.picture, interpolation='bilinear' if max(H, W) <= 64 else 'nearest')
+    k = int(max(H, W) / (300 * ax.get_window_extent().width / ax.figure.dpi)) + 1          # at most 300 dots per inch
+    picture = cv2.resize(panel.picture, (W // k, H // k), interpolation=cv2.INTER_AREA) if k > 1 else panel.picture
+    ax.imshow(picture, extent=(-0.5, W - 0.5, H - 0.5, -0.5), interpolation='bilinear' if max(H, W) <= 64 else 'nearest')
     ax.set(xticks=[], yticks=[])
     ax.set_title(panel.title, pad=2.5, linespacing=1.05)
     ax.spines[:].set(visible=panel.color is not None, lw=1.6, color=np.asarray(panel.color or (0, 0, 0)) / 255)
@@ -484,11 +509,11 @@ def _draw_bar(fig, ax, words):
     ax.text(-0.03, 0.45, words[0], transform=ax.transAxes, ha='right', va='center', fontsize=7.5)
     ax.text(1.03, 0.45, words[1], transform=ax.transAxes, ha='left', va='center', fontsize=7.5)
 
-def _legend_columns(title, names, width):
+def _legend_columns(names, width):
     "How many names fit into a line of the legend."
-    return min(len(names), max(1, int((width - _TITLE) / (0.36 + 0.062 * max(map(len, names))))))
+    return min(len(names), max(1, int(width / (0.36 + 0.062 * max(map(len, names))))))
 
-# %% ../nbs/13_explain.ipynb #cell-53
+# %% ../nbs/13_explain.ipynb #cell-56
 def assignment_panel(view: ClassView, title: str = '') -> Panel:
     "Which evidence is strongest at the pixels of the class, in the colours of `palette`, with its numbers from 1 on."
     colors = palette(len(view.names))
@@ -503,6 +528,33 @@ def heat_panels(view: ClassView, which: Sequence[int] | None = None,  # evidence
     limits, colors = value_range(view.maps[which], view.mask) if shared else None, palette(len(view.names))
     return [Panel(overlay(view.image, view.maps[e], view.mask, limits), view.names[e], colors[e]) for e in which]
 
+def patch_panel(atlas: Atlas | None, scale: int, cls: int, k: int, title: str = '',
+                color: tuple[int, int, int] | None = None,   # of the frame
+                shape: tuple[int, int] = (1, 1),             # of the panel: the patch in the middle of H : W
+               ) -> Panel:
+    "The training patch of a prototype; an empty square where it is not known."
+    tile = None if atlas is None else atlas.tile(scale, cls, k)
+    tile = np.full((64, 64, 3), 242, np.uint8) if tile is None else tile
+    rows, cols = (round(64 * max(1, n / m)) - 64 for n, m in (shape, shape[::-1]))
+    sides = ((rows // 2, rows - rows // 2), (cols // 2, cols - cols // 2), (0, 0))
+    return Panel(np.pad(tile, sides, constant_values=255), title, color)
+
+def prototype_panels(view: ClassView,          # of prototypes
+                     atlas: Atlas | None, which: Sequence[int],
+                     shared: bool = True, titles: Sequence[str] = (), per_scale: int | None = None,  # K; None: one scale
+                    ) -> list[list[Panel]]:    # a pair for each
+    "Training patch and map of some prototypes of a class, on one scale or each on its own."
+    K, titles = per_scale or len(view.names), titles or [view.names[e] for e in which]
+    maps = heat_panels(view, which, shared)
+    pairs = [(patch_panel(atlas, e // K, view.cls, e % K, title, p.color), p) for e, p, title in zip(which, maps, titles)]
+    return [[patch, Panel(p.picture, '', p.color)] for patch, p in pairs]
+
+def shades(color: tuple[int, int, int], n: int) -> list[tuple[int, int, int]]:
+    "`n` colours from dark to light around one."
+    mix = lambda t: tuple(round((1 - abs(t)) * v + abs(t) * (255 if t > 0 else 0)) for v in color)
+    bright = sum(color) / 765                                      # a dark colour gets light shades, a light one dark ones
+    return [mix(t) for t in np.linspace(-0.8 * bright, 0.85 * (1 - bright), n)] if n > 1 else [tuple(color)]
+
 def overlap_panel(view: ClassView, quantile: float = 0.95) -> Panel:
     "How many maps of the class are above their own quantile, and the overlap score of this image and class."
     counts, n = overlap_map(view.maps[view.alive], quantile), int(view.alive.sum())
@@ -515,7 +567,7 @@ def overlap_colors(n: int) -> list[tuple[int, int, int]]:
     import matplotlib
     return [tuple(round(255 * v) for v in matplotlib.colormaps['viridis_r'](0.1 + 0.85 * i / max(n - 1, 1))[:3]) for i in range(n)]
 
-# %% ../nbs/13_explain.ipynb #cell-57
+# %% ../nbs/13_explain.ipynb #cell-61
 def plot_prototypes(atlas: Atlas, labels: Labels,
                     alive: Tensor,                         # (S, C, K) bool
                     classes: Sequence[int] | None = None,  # rows; None: all
@@ -555,7 +607,7 @@ def _draw_tile(ax, tile, x, y, color, alive=True, side=1.0):
     ax.add_patch(Rectangle((x, y), side, side, zorder=3, **frame))
     if not alive: ax.plot([x, x + side], [y + side, y], color='0.6', lw=0.8, zorder=3)
 
-# %% ../nbs/13_explain.ipynb #cell-60
+# %% ../nbs/13_explain.ipynb #cell-64
 def plot_group_graph(groups: Sequence[Group], atlas: Atlas, labels: Labels,
                      scales: Sequence[str] | None = None,  # names, see `scale_names`
                      ax: Axes | None = None) -> Axes:

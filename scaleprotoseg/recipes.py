@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'EM_STEPS', 'STEPS', 'aug', 'Train', 'Stage', 'Data', 'chosen', 'Recipe', 'blackbox', 'projected',
-           'protoseg', 'scaleprotoseg', 'add_recipes', 'find_recipe', 'experiments', 'recipes_of', 'partscapes_recipes',
-           'em_recipes', 'em_supplement', 'pretrained_recipes', 'published_data', 'changed', 'in_stage', 'legacy',
-           'taus', 'coco_weights', 'protoseg_ablations', 'group_ablations', 'apart', 'camvid']
+           'protoseg', 'scaleprotoseg', 'veto_name', 'read_veto', 'vetoed', 'add_recipes', 'find_recipe', 'experiments',
+           'recipes_of', 'partscapes_recipes', 'em_recipes', 'em_supplement', 'pretrained_recipes', 'published_data',
+           'changed', 'in_stage', 'legacy', 'taus', 'coco_weights', 'protoseg_ablations', 'group_ablations', 'apart',
+           'camvid']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 
@@ -49,7 +51,7 @@ class Train:
 # %% ../nbs/10_recipes.ipynb #cell-05
 @dataclass(frozen=True)
 class Stage:
-    "One node of the graph of stages. `kind`: train, project, prune or threshold."
+    "One node of the graph of stages. `kind`: train, project, prune, veto or threshold."
     name: str
     kind: str
     parent: str | None = None    # stage of the same method; None: starts from the initial model
@@ -59,9 +61,14 @@ class Stage:
     k: int | None = None         # prune: nearest patches looked at
     keep: int | None = None      # prune: how many of them must show the prototype's class
     legacy: tuple[str, ...] = () # project: 'touched' cells are eligible, 'absent' classes are projected (spec 4.6)
+    veto: tuple[tuple[int, int, int], ...] = ()  # veto: prototypes to remove (scale, class, k), from 0
+    blamed: int = 0              # veto, instead of a list: so many, chosen by the failures of the recipe's main variant
 
     def __post_init__(self):
-        lookup(dict.fromkeys(('train', 'project', 'prune', 'threshold')), self.kind, 'kind of stage')
+        lookup(dict.fromkeys(('train', 'project', 'prune', 'veto', 'threshold')), self.kind, 'kind of stage')
+        if (self.kind == 'veto') != (bool(self.veto) + (self.blamed > 0) == 1):
+            raise ValueError(f'stage {self.name!r}: a veto, and nothing else, names prototypes or how many are blamed; '
+                             f'got veto={self.veto}, blamed={self.blamed}')
         for name in self.legacy: lookup(dict.fromkeys(('touched', 'absent')), name, 'legacy rule of projection')
 
 # %% ../nbs/10_recipes.ipynb #cell-06
@@ -115,11 +122,16 @@ class Recipe:
         while chain[0].parent: chain.insert(0, self.stage(chain[0].parent))
         return chain
 
+    def judged(self, stage: str | None = None) -> 'Recipe | None':
+        "The recipe whose last stage's failures decide which prototypes go before `stage` (None: the last); None: no such rule."
+        line = self.ancestry(stage or self.last.name)
+        return find_recipe(self.experiment, self.method) if any(s.blamed for s in line) else None
+
     def digest(self, stage: str) -> str:
         "Short hash of every value that `stage` depends on: same digest, seed and device, same numbers."
-        start = find_recipe(self.experiment, self.init) if self.init else None
+        start, judged = find_recipe(self.experiment, self.init) if self.init else None, self.judged(stage)
         facts = [chosen(self.data), self.model, [chosen(s) for s in self.ancestry(stage)],
-                 start and start.digest(start.last.name)]
+                 start and start.digest(start.last.name), *([judged.digest(judged.last.name)] if judged else [])]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
     def graph_digest(self) -> str:
@@ -147,14 +159,15 @@ class Recipe:
 
 # %% ../nbs/10_recipes.ipynb #cell-09
 def _stage_values(s: Stage) -> dict:
-    if s.kind != 'train': return dict(tau=s.tau, k=s.k, keep=s.keep)
+    if s.kind != 'train': return dict(tau=s.tau, k=s.k, keep=s.keep, blamed=s.blamed or None)
     t = s.train
     return dict(steps=t.steps, batch=t.batch, accumulate=t.accumulate, power=t.power, decay=t.decay, diversity=t.diversity, l1=t.l1,
                 entropy=t.entropy, batch_norm=int(t.batch_norm), eval_every=t.eval_every, **{f'lr_{k}': v for k, v in t.lr.items()})
 
 def _row(s):
     if s.kind != 'train':
-        said = [f'τ = {s.tau}'] * (s.tau is not None) + [f'{s.keep} of {s.k} patches'] * (s.k is not None) + [f'legacy: {x}' for x in s.legacy]
+        said = [f'τ = {s.tau}'] * (s.tau is not None) + [f'{s.keep} of {s.k} patches'] * (s.k is not None) + \
+            [f'legacy: {x}' for x in s.legacy] + [f'{s.blamed} most blamed prototypes'] * (s.blamed > 0) + [veto_name(s.veto)] * bool(s.veto)
         return f'| {s.name} | {s.parent} | – | – | – | {", ".join(said) or "–"} |'
     t = s.train
     rates = f'{t.optimizer}: ' + ', '.join(f'{k} {v:g}' for k, v in t.lr.items()) + (f', poly {t.power:g}' if t.power else '')
@@ -195,6 +208,25 @@ def scaleprotoseg(joint: Train, finetune: Train, group_joint: Train, warmup: Tra
         Stage('threshold', 'threshold', 'group_joint', 'groups', tau=tau))
 
 # %% ../nbs/10_recipes.ipynb #cell-16
+def veto_name(prototypes: Iterable[tuple[int, int, int]]) -> str:
+    "A name for a list of prototypes (scale, class, k): `veto-s1c3k0+s2c3k1`."
+    return 'veto-' + '+'.join(f's{s}c{c}k{k}' for s, c, k in prototypes)
+
+def read_veto(name: str) -> tuple[tuple[int, int, int], ...]:
+    "The inverse of `veto_name`; empty for any other name."
+    if not re.fullmatch(r'veto-s\d+c\d+k\d+(\+s\d+c\d+k\d+)*', name): return ()
+    return tuple(tuple(map(int, x)) for x in re.findall(r's(\d+)c(\d+)k(\d+)', name))
+
+def vetoed(recipe: Recipe, prototypes: Iterable[tuple[int, int, int]] = (), blamed: int = 0, variant: str = '') -> Recipe:
+    "A recipe that removes prototypes after `project` and trains what follows again; side branches are left out."
+    if recipe.variant: raise ValueError(f'{recipe.name} is a variant; remove prototypes of {recipe.experiment}/{recipe.method}')
+    line, keys = recipe.ancestry(recipe.last.name), tuple(sorted({tuple(p) for p in prototypes}))
+    if 'project' not in [s.name for s in line]: raise ValueError(f'{recipe.name} has no projected prototypes to remove')
+    veto = Stage('veto', 'veto', 'project', veto=keys, blamed=blamed)
+    stages = [x for s in line for x in ([s, veto] if s.name == 'project' else [replace(s, parent='veto') if s.parent == 'project' else s])]
+    return replace(recipe, variant=variant or (veto_name(keys) if keys else 'veto'), stages=tuple(stages))
+
+# %% ../nbs/10_recipes.ipynb #cell-18
 RECIPES: dict[str, Recipe] = {}
 
 def add_recipes(*recipes: Recipe):
@@ -206,6 +238,7 @@ def add_recipes(*recipes: Recipe):
 def find_recipe(experiment: str, method: str, variant: str = '') -> Recipe:
     "A recipe by its names; unknown ones suggest the nearest (KeyError)."
     methods = lookup({e: recipes_of(e) for e in experiments()}, experiment, 'experiment')
+    if vetoes := read_veto(variant): return vetoed(find_recipe(experiment, method), vetoes)     # its name says everything
     return lookup({r.name.split('/')[1]: r for r in methods}, method + (f'-{variant}' if variant else ''),
                   f'method of experiment {experiment!r}')
 
@@ -217,7 +250,7 @@ def recipes_of(experiment: str) -> list[Recipe]:
     "All recipes of one experiment."
     return [r for r in RECIPES.values() if r.experiment == experiment]
 
-# %% ../nbs/10_recipes.ipynb #cell-18
+# %% ../nbs/10_recipes.ipynb #cell-20
 def partscapes_recipes(experiment: str, size: tuple[int, int], crop: tuple[int, int], images: Mapping[str, int],
                        steps: Mapping[str, int], batch: int, channels: int, per_class: Mapping[str, int],
                        views: int, eval_every: int = 0) -> list[Recipe]:
@@ -245,7 +278,7 @@ def partscapes_recipes(experiment: str, size: tuple[int, int], crop: tuple[int, 
         Recipe(experiment, 'scaleprotoseg', data, dict(net, scales=4, per_class=per_class['scaleprotoseg'], groups=3),
                scaleprotoseg(**stage1, **stage2), init='pretrain')]
 
-# %% ../nbs/10_recipes.ipynb #cell-19
+# %% ../nbs/10_recipes.ipynb #cell-21
 add_recipes(*partscapes_recipes(
     'smoke', size=(64, 96), crop=(64, 96), images=dict(train=8, push=8, val=4, pretrain=8), batch=2, channels=16,
     steps=dict(pretrain=3, warmup=2, joint=3, finetune=2, group_warmup=2, group_joint=3),
@@ -256,7 +289,7 @@ add_recipes(*partscapes_recipes(
     steps=dict(pretrain=320, warmup=20, joint=100, finetune=100, group_warmup=50, group_joint=1500),
     per_class=dict(protoseg=10, scaleprotoseg=3), views=2))
 
-# %% ../nbs/10_recipes.ipynb #cell-23
+# %% ../nbs/10_recipes.ipynb #cell-25
 def em_recipes(experiment: str, width: int, channels: int, crop: int, batch: int, steps: Mapping[str, int],
                lr: float, last_lr: float, group_lr: float, views: int, seeds: tuple[int, ...], eval_every: int = 0) -> list[Recipe]:
     "Black boxes, ProtoSeg and ScaleProtoSeg on ISBI-2012; split 42 is the published default."
@@ -276,14 +309,14 @@ def em_recipes(experiment: str, width: int, channels: int, crop: int, batch: int
         recipe('protoseg', dict(scales=1, per_class=10), protoseg(**stage1)),
         recipe('scaleprotoseg', dict(scales=4, per_class=3, groups=3), scaleprotoseg(**stage1, group_joint=group_joint))]
 
-# %% ../nbs/10_recipes.ipynb #cell-24
+# %% ../nbs/10_recipes.ipynb #cell-26
 EM_STEPS = dict(joint=10_000, finetune=10_000, group_joint=10_000)
 add_recipes(*em_recipes('em', width=64, channels=64, crop=512, batch=2, views=0, seeds=(0, 1, 2), lr=1e-4, last_lr=1e-5,
                         group_lr=5e-5, steps=EM_STEPS, eval_every=1000))
 add_recipes(*em_recipes('em-quick', width=16, channels=16, crop=192, batch=4, views=4, seeds=(0,), lr=2e-3, last_lr=1e-3,
                         group_lr=5e-3, steps=dict(joint=200, finetune=100, group_joint=200)))
 
-# %% ../nbs/10_recipes.ipynb #cell-26
+# %% ../nbs/10_recipes.ipynb #cell-28
 def em_supplement() -> list[Recipe]:
     "U-Net and ProtoSeg as in ProtoSeg's supplement."
     splits = {role: dict(split=split, split_seed=None) for role, split in [('train', 'train'), ('push', 'train'), ('val', 'val')]}
@@ -296,7 +329,7 @@ def em_supplement() -> list[Recipe]:
 
 add_recipes(*em_supplement())
 
-# %% ../nbs/10_recipes.ipynb #cell-30
+# %% ../nbs/10_recipes.ipynb #cell-32
 def pretrained_recipes(experiment: str, data: Data, steps: Mapping[str, int], l1: tuple[float, float], entropy: float,
                    inputs: tuple[float, ...] = (),            # further input scales (MSC)
                    per_class: Mapping[str, int] = {'protoseg': 10, 'scaleprotoseg': 3},  # noqa: B006, never changed
@@ -325,7 +358,7 @@ def pretrained_recipes(experiment: str, data: Data, steps: Mapping[str, int], l1
         recipe('protoseg', dict(scales=1, per_class=per_class['protoseg']), protoseg(**stage1, k=k)),
         recipe('scaleprotoseg', dict(scales=4, per_class=per_class['scaleprotoseg'], groups=3), scaleprotoseg(**stage1, **stage2))]
 
-# %% ../nbs/10_recipes.ipynb #cell-31
+# %% ../nbs/10_recipes.ipynb #cell-33
 def published_data(dataset: str, crop: int, train: str = 'train', push: str = 'train', scale: tuple[float, float] = (.5, 1.5),
                    **evaluation) -> Data:
     "Splits, crop and protocol of one of the papers' datasets."
@@ -343,7 +376,7 @@ add_recipes(*pretrained_recipes('ade20k', published_data('ade20k', 512, scale=(.
 add_recipes(*pretrained_recipes('cocostuff', published_data('cocostuff', 321), dict(warmup=6000, joint=100_000, finetune=4000, group_warmup=2000, group_joint=30_000),
                             l1=(1e-5, 1e-4), entropy=.25, inputs=(.5, .75), per_class=dict(protoseg=12, scaleprotoseg=3), batch=(10, 1), k=0))
 
-# %% ../nbs/10_recipes.ipynb #cell-34
+# %% ../nbs/10_recipes.ipynb #cell-36
 def changed(recipe: Recipe, variant: str, model: Mapping = {}, data: Mapping = {}, **train) -> Recipe:  # noqa: B006
     "A recipe with other values: of its model, its data, or in every stage that trains (a function of the old value, or a value)."
     def new(t, stage): return replace(t, **{k: v(getattr(t, k), stage) if callable(v) else v for k, v in train.items()})
@@ -354,7 +387,7 @@ def in_stage(name: str, value):
     "For `changed`: a value in the stages called `name`, as before elsewhere."
     return lambda old, stage: (value(old) if callable(value) else value) if stage == name else old
 
-# %% ../nbs/10_recipes.ipynb #cell-35
+# %% ../nbs/10_recipes.ipynb #cell-37
 def legacy(recipe: Recipe, projection: tuple[str, ...]) -> Recipe:
     "The published program with its faults: ProtoSeg's shifted labels in the diversity loss, its projection (spec 3.3, 4.6)."
     r = changed(recipe, 'legacy', legacy_labels=recipe.method == 'protoseg')
@@ -380,7 +413,7 @@ def group_ablations(r: Recipe) -> list[Recipe]:
     "What changes in the second stage only: no entropy (ScaleProtoSeg, Tables 8 and 9), other thresholds (Table 7)."
     return [changed(r, 'no_entropy', entropy=0.), taus(r, (.01, .1))]
 
-# %% ../nbs/10_recipes.ipynb #cell-37
+# %% ../nbs/10_recipes.ipynb #cell-39
 def apart(*recipes: Recipe) -> list[Recipe]:
     "The same recipes in an experiment of ablations."
     return [replace(r, experiment=f'{r.experiment}-ablations') for r in recipes]
@@ -401,7 +434,7 @@ add_recipes(*apart(legacy(find_recipe('em', 'protoseg'), ('touched', 'absent')),
 aug = find_recipe('pascal', 'scaleprotoseg')
 add_recipes(*apart(changed(aug, 'push_train_aug', data={'splits': {**aug.data.splits, 'push': {'split': 'train_aug'}}})))
 
-# %% ../nbs/10_recipes.ipynb #cell-41
+# %% ../nbs/10_recipes.ipynb #cell-43
 def camvid(experiment: str, crop: int, steps: Mapping[str, int], **options) -> list[Recipe]:
     "All methods on CamVid."
     splits = dict(train={'split': 'train'}, push={'split': 'train'}, val={'split': 'val'})
@@ -416,9 +449,11 @@ add_recipes(*camvid('camvid-quick', crop=160, steps=dict(warmup=10, joint=80, fi
                     batch=(4, 1), eval_every=0, views=1, seeds=(0,)))
 add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))))
 
-# %% ../nbs/10_recipes.ipynb #cell-43
+# %% ../nbs/10_recipes.ipynb #cell-45
 add_recipes(*(replace(r, experiment='demo-full', seeds=(0, 1, 2)) for r in recipes_of('demo')))
 for name in ('smoke', 'demo', 'demo-full', 'em-quick', 'camvid-quick'):
     add_recipes(*group_ablations(find_recipe(name, 'scaleprotoseg')))
+for name in ('smoke', 'demo', 'demo-full'):
+    add_recipes(vetoed(find_recipe(name, 'scaleprotoseg'), blamed=3))
 add_recipes(*protoseg_ablations(find_recipe('demo-full', 'protoseg')),
             changed(find_recipe('demo-full', 'scaleprotoseg'), 'no_diversity', diversity=0.))

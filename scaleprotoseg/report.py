@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import statistics
@@ -19,7 +20,10 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .contents import (contents_markdown, contents_table, dataset_key, is_ablation, known_recipes, main_experiment,
+                                    main_table, paper_notebooks)
 from .data import Dataset, Labels, Sample, lookup, open_dataset
+from .evaluation import segment
 from .explain import Atlas, read_atlas
 from .heads import GroupHead
 from .model import Model, load_model, pick_device, read_config, replace_file
@@ -32,14 +36,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'EM_SEED', 'STEPS', 'METHOD_NAMES', 'PAPER_NOTEBOOKS', 'collect', 'main_experiment',
-           'is_ablation', 'finished_stage', 'published', 'recipe_table', 'published_recipe', 'published_recipes',
-           'dataset_key', 'compare', 'summarise', 'whole', 'find_published', 'compared', 'accuracy_table',
-           'steps_table', 'Case', 'size_cases', 'threshold_cases', 'entropy_cases', 'ablation_table', 'shown',
-           'save_table', 'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run', 'open_run',
-           'provenance_of', 'used_prototypes', 'busiest_classes', 'plot_comparison', 'notebook_parameters',
-           'check_parameters', 'NotebookFailed', 'run_notebook', 'without_machine_paths', 'PaperNotebook',
-           'paper_notebooks', 'main_table', 'read_title', 'build_report']
+__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'STEPS', 'METHOD_NAMES', 'collect', 'finished_stage', 'published', 'recipe_table',
+           'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published', 'compared',
+           'accuracy_table', 'steps_table', 'Case', 'size_cases', 'threshold_cases', 'entropy_cases', 'ablation_table',
+           'shown', 'save_table', 'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run',
+           'open_run', 'provenance_of', 'used_prototypes', 'busiest_classes', 'plot_comparison', 'notebook_parameters',
+           'check_parameters', 'NotebookFailed', 'run_notebook', 'without_machine_paths', 'read_title',
+           'write_contents', 'build_report']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -53,20 +56,11 @@ def collect(runs: str | Path,  # folder of all runs
 
     Prototype counts as in `metrics.json`; a black box has none. Unknown experiments raise KeyError."""
     import pandas as pd
-    recipes = _recipes(experiment)
-    if with_main and is_ablation(experiment): recipes = _recipes(main_experiment(experiment)) + recipes
+    recipes = known_recipes(experiment)
+    if with_main and is_ablation(experiment): recipes = known_recipes(main_experiment(experiment)) + recipes
     rows = [_facts(r, seed, stage.name, folder) for r in recipes for seed in _seeds(runs, r)
             for stage in r.stages if (folder := finished_stage(runs, r, seed, stage.name))]
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-def _recipes(experiment: str) -> list[Recipe]:
-    return lookup({e: recipes_of(e) for e in experiments()}, experiment, 'experiment')
-
-def main_experiment(experiment: str) -> str:
-    "The experiment that an experiment of ablations varies; any other is its own."
-    return experiment.removesuffix('-ablations')
-
-def is_ablation(experiment: str) -> bool: return experiment != main_experiment(experiment)
 
 def _seeds(runs, recipe) -> list[int]:
     names = [p.name[4:] for p in run_folder(runs, recipe, 0).parent.glob('seed*')]
@@ -119,7 +113,7 @@ def recipe_table(experiment: str, folder: str | Path = 'data/published') -> pd.D
     `em` the set-up of ProtoSeg's supplement; `pascal-ablations` and `em-supplement` are those alone. `—` in `ours`: the
     recipe has no such value; an empty `published`: lost, or none, which the note says."""
     import pandas as pd
-    _recipes(experiment)
+    known_recipes(experiment)
     known = {(r.experiment, r.method, r.variant): r.values() for e in experiments() for r in recipes_of(e)}
     rows = [(published_recipe(*row[:3]), row) for row in published_recipes(folder).itertuples(index=False)]
     columns = ['method', 'variant', 'stage', 'quantity', 'ours', 'published', 'source', 'note']
@@ -144,14 +138,6 @@ PUBLISHED_DATA = {   # dataset -> published data to show beside it, and whether 
     'cocostuff': (('COCO-Stuff val',), True),
     'em': (('EM, split 1', 'EM, split 2'), True),   # which of the two has seed 42 is not published: both are shown
     'partscapes': (('Cityscapes val',), False), 'camvid': (('Cityscapes val',), False)}
-
-EM_SEED = 42   # of the published program's split
-
-def dataset_key(recipe: Recipe) -> str:
-    "A key of `PUBLISHED_DATA`: the dataset, with `, other split` where its validation images are not the published ones."
-    d = recipe.data
-    other = d.dataset == 'em' and d.splits['val'].get('split_seed', EM_SEED) != EM_SEED
-    return d.dataset + (', other split' if other else '')
 
 def compare(ours: Mapping,     # miou, std, runs
             theirs: Mapping,   # value, std; empty if the papers have no such number
@@ -200,7 +186,7 @@ def compared(experiment: str) -> list[Recipe]:
     """What an experiment's main table compares, without what only serves as a start for others.
 
     The methods; in an experiment of ablations, all of them."""
-    recipes = _recipes(experiment)
+    recipes = known_recipes(experiment)
     starts = {r.init for r in recipes}
     return [r for r in recipes if (not r.variant or is_ablation(experiment)) and r.method not in starts]
 
@@ -255,28 +241,30 @@ class Case:
     recipe: Recipe
     stage: str
     setting: str
+    published: str = ''   # the published setting that it stands for, if in other words
 
 def _main(experiment: str, method: str) -> Recipe:
     main = main_experiment(experiment)
-    return lookup({r.method: r for r in _recipes(main)}, method, f'method of {main}')
+    return lookup({r.method: r for r in known_recipes(main)}, method, f'method of {main}')
 
 def size_cases(experiment: str) -> list[Case]:
     "ProtoSeg's prototypes per class, channels and length of training (supplement, Table 1): the main recipe first."
     main = _main(experiment, 'protoseg')
-    def setting(r):
+    def setting(r, unit=1.):
         times = r.stage('joint').train.steps / main.stage('joint').train.steps
-        return f'prototypes per class {r.model["per_class"]}, channels {r.model["channels"]}, training {times:g}x'
-    others = [r for r in _recipes(experiment) if r.variant and r.method == 'protoseg' and setting(r) != setting(main)]
-    return [Case(r, r.last.name, setting(r)) for r in (main, *others)]
+        return f'prototypes per class {r.model["per_class"]}, channels {r.model["channels"] * unit:g}, training {times:g}x'
+    others = [r for r in known_recipes(experiment) if r.variant and r.method == 'protoseg' and setting(r) != setting(main)]
+    unit = 64 / main.model['channels']        # twice the main recipe's channels stand for twice the paper's 64
+    return [Case(r, r.last.name, setting(r), setting(r, unit)) for r in (main, *others)]
 
 def threshold_cases(experiment: str) -> list[Case]:
     "The thresholds of the variant `tau`, the smallest first (ScaleProtoSeg, Table 7)."
-    found = [(r, s) for r in _recipes(experiment) for s in r.stages if r.variant == 'tau' and s.kind == 'threshold']
+    found = [(r, s) for r in known_recipes(experiment) for s in r.stages if r.variant == 'tau' and s.kind == 'threshold']
     return [Case(r, s.name, f'tau = {s.tau:g}') for r, s in sorted(found, key=lambda x: x[1].tau)]
 
 def entropy_cases(experiment: str) -> list[Case]:
     "Without the entropy of groups and with it (ScaleProtoSeg, Table 8)."
-    off = [r for r in _recipes(experiment) if r.variant == 'no_entropy']
+    off = [r for r in known_recipes(experiment) if r.variant == 'no_entropy']
     return [Case(r, r.last.name, f'entropy = {r.stage("group_joint").train.entropy:g}')
             for r in (*off, _main(experiment, 'scaleprotoseg'))]
 
@@ -289,9 +277,10 @@ def ablation_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
     import pandas as pd
     cases, rows = list(cases), []
     ref = _references(cases[0].recipe)[0]
+    if not ref['same_data'] and ref['data'] not in set(reference.data): ref |= {'data': reference.data.iloc[0]}    # for orientation
     here = reference[reference.data == (ref['data'] or '')]
     def named(words): return next((x for x in here.setting if x == words or x.endswith(f', {words}')), None)
-    theirs = {c.setting: named(c.setting) for c in cases}
+    theirs = {c.setting: named(c.published or c.setting) for c in cases}
     for c in cases:
         r, ours = c.recipe, summarise(frame, c.recipe, c.stage)
         rows.append(_ablation_row(r.method, r.variant, c.stage, c.setting, ours, _published_row(here, theirs[c.setting]), ref))
@@ -325,7 +314,7 @@ def save_table(table: pd.DataFrame,
                path: str | Path,        # without ending
                caption: str,
               ) -> pd.DataFrame:        # as it was written, for display
-    "Write `path.csv` and `path.md`."
+    "Write `path.csv`, `path.md` and `path.tex` (a booktabs table)."
     path, text = Path(path), shown(table)
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [list(text), ['---'] * len(text.columns), *text.values.tolist()]
@@ -333,7 +322,16 @@ def save_table(table: pd.DataFrame,
     markdown = '\n'.join([' '.join(caption.split()), '', *rows, ''])
     replace_file(_with_ending(path, '.csv'), lambda p: text.to_csv(p, index=False, lineterminator='\n'))
     replace_file(_with_ending(path, '.md'), lambda p: p.write_text(markdown, encoding='utf-8'))
+    replace_file(_with_ending(path, '.tex'), lambda p: p.write_text(_latex(text, caption), encoding='utf-8'))
     return text
+
+_TEX = {'—': '--', '−': '$-$', 'τ': r'$\tau$', 'λ': r'$\lambda$', 'σ': r'$\sigma$', 'θ': r'$\theta$', '→': r'$\to$', '≥': r'$\ge$', '×': r'$\times$'}
+
+def _latex(text: pd.DataFrame, caption: str) -> str:
+    "A booktabs table; signs that LaTeX's text fonts lack are written as mathematics."
+    tex = text.rename(columns=lambda c: c.replace('_', ' ')).to_latex(index=False, escape=True, caption='CAPTION')
+    tex = tex.replace('CAPTION', ' '.join(caption.split()).replace('%', r'\%').replace('_', r'\_').replace('&', r'\&').replace('#', r'\#'))
+    return ''.join(_TEX.get(c, c) for c in tex)
 
 def _with_ending(path: Path, ending: str) -> Path: return path.with_name(path.name + ending)
 
@@ -407,6 +405,11 @@ class Run:
         "The split of the recipe's dataset that plays a role."
         import scaleprotoseg.training  # noqa: F401, makes every dataset known
         return open_dataset(self.recipe.data.dataset, root=data_root or None, **self.recipe.data.splits[role])
+
+    def segment(self, sample: Sample) -> Tensor:  # (H, W) int64
+        "Class map of a sample at its own size, under the recipe's protocol, on the CPU."
+        image = sample.image[None].to(next(self.model.parameters()).device)
+        return segment(self.model, image, self.recipe.data.evaluation)[0].cpu()
 
 def open_run(runs: str | Path, experiment: str, method: str, variant: str = '', seed: int = 0,
              stage: str = '',       # '' is the last
@@ -555,46 +558,6 @@ def _machine_roots():
         yield root[:-1], '.' if not pairs[root] else '…'
 
 # %% ../nbs/15_report.ipynb #cell-60
-@dataclass(frozen=True)
-class PaperNotebook:
-    "A notebook `nbs/paper/<paper>/<name>.ipynb` and the experiments that it is for."
-    paper: str
-    name: str
-    only: tuple[str, ...] = ()      # as `dataset_key` calls the data; empty: all
-    without: tuple[str, ...] = ()
-    needs: str = ''                 # a method, or a variant of it, as in `scaleprotoseg-tau`
-    ablations: bool = False         # for experiments of ablations, or for all others?
-    accuracies: str = ''            # the published table that it sets beside ours, if it is the main one
-
-    def suits(self, experiment: str) -> bool:
-        recipes = _recipes(experiment)
-        data, methods = {dataset_key(r) for r in recipes}, {r.name.split('/')[1] for r in recipes}
-        return (self.ablations == is_ablation(experiment) and (not self.needs or self.needs in methods)
-                and (not self.only or bool(data & set(self.only))) and not data & set(self.without))
-
-_OWN_TABLE = ('em', 'em, other split', 'cocostuff')      # data that Table 1 does not have, and not even similar ones
-
-PAPER_NOTEBOOKS = (
-    PaperNotebook('scaleprotoseg', 'table_01', without=_OWN_TABLE, accuracies='scaleprotoseg_table_01'),
-    PaperNotebook('scaleprotoseg', 'table_02'),
-    PaperNotebook('scaleprotoseg', 'table_05', only=('em',), accuracies='scaleprotoseg_table_05'),
-    PaperNotebook('scaleprotoseg', 'table_06', only=('cocostuff',), accuracies='scaleprotoseg_table_06'),
-    PaperNotebook('scaleprotoseg', 'table_07', needs='scaleprotoseg-tau', ablations=True),
-    PaperNotebook('scaleprotoseg', 'table_08', needs='scaleprotoseg-no_entropy', ablations=True),
-    PaperNotebook('scaleprotoseg', 'figure_04', needs='scaleprotoseg'),
-    PaperNotebook('scaleprotoseg', 'figure_14'),
-    PaperNotebook('protoseg', 'table_01', only=('pascal',), needs='protoseg-k4', ablations=True),
-    PaperNotebook('protoseg', 'figure_04'))
-
-def paper_notebooks(experiment: str) -> list[tuple[str, str]]:  # (paper, name)
-    "The reading notebooks of an experiment, in the order of the report."
-    return [(n.paper, n.name) for n in PAPER_NOTEBOOKS if n.suits(experiment)]
-
-def main_table(experiment: str) -> str:
-    "Name of the published table of accuracies to compare with; empty where there is none."
-    return next((n.accuracies for n in PAPER_NOTEBOOKS if n.accuracies and n.suits(experiment)), '')
-
-# %% ../nbs/15_report.ipynb #cell-64
 _STYLE = '''
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff;
@@ -610,7 +573,7 @@ figure { margin: 1rem 0; width: fit-content; max-width: 100%; } img { max-width:
 figcaption, .caption { color: #55606e; font-size: .85rem; max-width: 60rem; overflow-wrap: anywhere; }
 figcaption { contain: inline-size; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dt { color: #55606e; } dd { margin: 0; }
-nav a { margin-right: 1rem; } summary { cursor: pointer; } .missing { color: #9a4a00; }
+nav a { margin-right: .8rem; } nav ul { padding-left: 1.1rem; } summary { cursor: pointer; } .missing { color: #9a4a00; }
 @media (max-width: 40rem) {
   body { padding: .6rem .7rem 3rem; font-size: 15px; } dl { grid-template-columns: 1fr; } dt { margin-top: .5rem; }
 }
@@ -623,20 +586,29 @@ def _html_table(rows: list[list[str]]) -> str:  # the first row is the head
 
 def _html_frame(table: pd.DataFrame) -> str: return _html_table([list(table), *shown(table).values.tolist()])
 
-# %% ../nbs/15_report.ipynb #cell-65
+# %% ../nbs/15_report.ipynb #cell-61
 def _read_table(path: Path) -> str:
     "Html of a table saved by `save_table`, the columns that say nothing left out, and its caption."
     import pandas as pd
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     table = table[[c for c in table if not (table[c] == '—').all()]]
     caption = _with_ending(path.with_suffix(''), '.md').read_text(encoding='utf-8').split('\n\n', 1)[0]
-    return f'{_html_frame(table)}<p class="caption">{escape(caption)}</p>'
+    html = _html_frame(table)
+    if len(table) > _MOST_ROWS: html = f'<details><summary>{len(table)} rows</summary>{html}</details>'
+    return f'{html}<p class="caption">{escape(caption)}</p>'
+
+_MOST_ROWS = 20      # of a table that is shown unfolded
 
 def _read_picture(path: Path) -> str:
-    "Html of a picture saved by `save_figure`, embedded, and its caption."
+    """Html of a picture saved by `save_figure`, embedded, and its caption.
+
+    Embedded as webp, which takes about a fifth of the png; the png stays beside the page."""
     from PIL import Image
-    with Image.open(path) as im: caption, (w, h) = im.info.get('Description', ''), im.size
-    source = 'data:image/png;base64,' + base64.b64encode(path.read_bytes()).decode()
+    packed = io.BytesIO()
+    with Image.open(path) as im:
+        caption, (w, h) = im.info.get('Description', ''), im.size
+        im.convert('RGB').save(packed, 'webp', quality=80, method=4)
+    source = 'data:image/webp;base64,' + base64.b64encode(packed.getvalue()).decode()
     image = f'<img alt="{escape(caption or path.stem)}" width="{3 * w // 4}" height="{3 * h // 4}" src="{source}">'
     return f'<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>'
 
@@ -647,20 +619,34 @@ def read_title(notebook: Path) -> tuple[str, str]:
     return (next((line[2:] for line in lines if line.startswith('# ')), notebook.stem),
             next((line[2:] for line in lines if line.startswith('> ')), ''))
 
-# %% ../nbs/15_report.ipynb #cell-66
+# %% ../nbs/15_report.ipynb #cell-62
 def _belongs(path: Path, name: str) -> bool: return path.stem == name or path.stem.startswith(f'{name}_')
 
 def _section(folder: Path, name: str) -> str:
     "Html of what one notebook left behind."
     notebook = folder / f'{name}.ipynb'
-    if not notebook.is_file(): return f'<h3>{name}</h3><p class="missing">Not built: {name}.ipynb has not been run.</p>'
+    if not notebook.is_file(): return f'<h3 id="{folder.name}-{name}">{name}</h3><p class="missing">Not built: {name}.ipynb has not been run.</p>'
     title, promise = read_title(notebook)
     tables = [_read_table(p) for p in sorted(folder.glob('*.csv')) if _belongs(p, name)]
     pictures = [_read_picture(p) for p in sorted(folder.glob('*.png')) if _belongs(p, name)]
     figures = f'<div class="figures">{"".join(pictures)}</div>'
-    return f'<h3>{escape(title)}</h3><p>{escape(promise)}</p>{"".join(tables)}{figures}'
+    link = f'<a href="{folder.name}/{name}.ipynb">notebook</a>'
+    return f'<h3 id="{folder.name}-{name}">{escape(title)}</h3><p>{escape(promise)} {link}</p>{"".join(tables)}{figures}'
 
 _PAPERS = {'scaleprotoseg': 'ScaleProtoSeg', 'protoseg': 'ProtoSeg', 'prototype_view': 'A prototype view'}
+
+def _contents(folder: Path, experiment: str) -> str:
+    "Html: a line per paper with links to its sections."
+    lines = []
+    for p, title in _papers(experiment).items():
+        names = [n for q, n in paper_notebooks(experiment) if q == p]
+        links = [f'<a href="#{p}-{n}">{escape(_short_title(folder / p / f"{n}.ipynb"))}</a>' for n in names]
+        lines.append(f'<li><a href="#{p}"><b>{title}</b></a>: {" ".join(links)}</li>')
+    return f'<nav><ul>{"".join(lines)}<li><a href="#runs"><b>Runs and recipes</b></a></li></ul></nav>'
+
+def _short_title(notebook: Path) -> str:
+    "'Figures 14 to 19' of 'ScaleProtoSeg, Figures 14 to 19'; the file's name if it has not been run."
+    return read_title(notebook)[0].split(', ', 1)[-1] if notebook.is_file() else notebook.stem
 
 def _papers(experiment: str) -> dict[str, str]:
     "Title of each paper that an experiment has notebooks of."
@@ -671,10 +657,10 @@ def _sections(folder: Path, experiment: str) -> str:
     return ''.join(f'<h2 id="{p}">{title}</h2>' + ''.join(_section(folder / p, n) for q, n in names if q == p)
                    for p, title in _papers(experiment).items())
 
-# %% ../nbs/15_report.ipynb #cell-67
+# %% ../nbs/15_report.ipynb #cell-63
 def _what_was_run(frame: pd.DataFrame, experiment: str) -> dict[str, str]:
     "Methods, time, memory and provenance of an experiment, as text."
-    methods = [r.name.split('/')[1] for r in _recipes(experiment)]
+    methods = [r.name.split('/')[1] for r in known_recipes(experiment)]
     done = {f'{m}-{v}' if v else m for m, v in zip(frame.method, frame.variant)}
     memory = {'process': frame.memory_mb.max(), 'accelerator': frame.cuda_mb.max()}
     peaks = [f'{where} {mb:.0f} MB' for where, mb in memory.items() if mb > 0]     # NaN is not > 0
@@ -700,7 +686,7 @@ def _appendix(frame: pd.DataFrame, experiment: str) -> str:
     "Html: every run and every recipe, folded."
     runs = frame[[c for c in COLUMNS if c not in ('total', 'group_average', 'steps', 'cuda_mb', 'commit', 'data')]]
     runs = runs.assign(**{c: frame[c].astype('Int64') for c in ('alive', 'active', 'memory_mb')})
-    recipes = ''.join(f'<h3>{escape(r.name)}</h3>' + _html_table(_cells(r.table())) for r in _recipes(experiment))
+    recipes = ''.join(f'<h3>{escape(r.name)}</h3>' + _html_table(_cells(r.table())) for r in known_recipes(experiment))
     return ('<h2 id="runs">Runs and recipes</h2>'
             f'<details><summary>Every finished stage</summary>{_html_frame(runs)}</details>'
             f'<details><summary>Every recipe</summary>{recipes}</details>')
@@ -709,25 +695,36 @@ def _cells(markdown: str) -> list[list[str]]:
     lines = [[c.strip() for c in line.strip('| ').split('|')] for line in markdown.splitlines() if line.startswith('|')]
     return [line for line in lines if not all(set(c) <= set('-: ') for c in line)]
 
-# %% ../nbs/15_report.ipynb #cell-68
+# %% ../nbs/15_report.ipynb #cell-64
+def write_contents(figures: str | Path = 'figures', folder: str | Path = 'data/published') -> Path:
+    "Write `<figures>/contents.md`: every table and figure of the papers, its notebook, and its status per experiment."
+    path, text = Path(figures) / 'contents.md', contents_markdown(contents_table(figures, folder))
+    head = ('# Every table and figure\n\nWritten by `scaleprotoseg report`. done: results are in this folder; ready: `make reproduce EXPERIMENT=…` makes '
+            'them; what an experiment needs or has instead is named. Only pascal, cityscapes, ade20k, cocostuff (with their ablations) '
+            'and em have the data of the papers.\n\n')
+    replace_file(path, lambda p: p.write_text(head + text, encoding='utf-8'))
+    return path
+
+# %% ../nbs/15_report.ipynb #cell-65
 def build_report(experiment: str, figures: str | Path = 'figures', runs: str | Path = 'runs',
                  folder: str | Path = 'data/published',  # of the published tables
                 ) -> Path:
-    "Write `<figures>/<experiment>/report.html`, one page that holds everything, and `summary.md`. FileNotFoundError if nothing was run."
+    """Write `<figures>/<experiment>/report.html`, one page that holds everything, and `summary.md`; renew `<figures>/contents.md`.
+
+    FileNotFoundError if nothing was run."""
     frame, out = collect(runs, experiment), Path(figures) / experiment
     if not len(frame):
         raise FileNotFoundError(f'no finished stage of {experiment} in {runs}; run `scaleprotoseg reproduce '
                                 f'--experiment {experiment}`')
-    parts = {**_papers(experiment), 'runs': 'Runs and recipes'}
-    links = ''.join(f'<a href="#{p}">{title}</a>' for p, title in parts.items())
     name = main_table(experiment)
     summary = _summary(frame, experiment, published(name, folder) if name else None)
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>scaleprotoseg: {experiment}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
-            f'<h1>Experiment {experiment}</h1>{summary}<nav>{links}</nav>'
+            f'<h1>Experiment {experiment}</h1>{summary}{_contents(out, experiment)}'
             f'{_sections(out, experiment)}{_appendix(frame, experiment)}</body></html>\n')
     out.mkdir(parents=True, exist_ok=True)
     lines = ''.join(f'- {k}: {v}\n' for k, v in _what_was_run(frame, experiment).items() if v)
     replace_file(out / 'summary.md', lambda p: p.write_text(lines, encoding='utf-8'))
     replace_file(out / 'report.html', lambda p: p.write_text(page, encoding='utf-8'))
+    write_contents(figures, folder)
     return out / 'report.html'

@@ -6,8 +6,8 @@
 __all__ = ['OPTIMIZERS', 'SAVE_SECONDS', 'KINDS', 'PRECISIONS', 'InMemory', 'epoch_order', 'StepBatches', 'stage_losses',
            'mean_losses', 'parameter_groups', 'make_optimizer', 'set_learning_rate', 'Job', 'model_config',
            'initial_backbone', 'start_model', 'FrozenViews', 'frozen_since', 'train_stage', 'project_stage',
-           'prune_stage', 'threshold_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data', 'check_parent',
-           'check_recipe', 'stopping', 'make_fabric', 'run_stage', 'find_equal', 'adopt', 'run_method']
+           'prune_stage', 'threshold_stage', 'veto_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data',
+           'check_parent', 'check_recipe', 'stopping', 'make_fabric', 'run_stage', 'find_equal', 'adopt', 'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
 import hashlib
@@ -31,10 +31,11 @@ from tqdm.auto import tqdm
 from . import datasets, partscapes  # noqa: F401, make their datasets known
 from .data import Sample, check_dataset, fingerprint, lookup, open_dataset, read_ahead, rng
 from .evaluation import evaluate
+from .failures import check_veto, count_blame, most_blamed
 from .heads import GroupHead
 from .losses import cross_entropy, diversity, group_entropy, legacy_labels, off_class_l1
 from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
-from .model import (POSITIONS, Model, Output, build_model, load_weights, pick_device, read_config, read_tensors, save_model,
+from .model import (POSITIONS, Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model,
                                  save_weights, write_json)
 from .projection import Projection, save_sheet, touched, trace
 from .pruning import NearestPatches
@@ -155,6 +156,13 @@ class Job:
         if self.stage.parent or not self.recipe.init: return None
         init = find_recipe(self.recipe.experiment, self.recipe.init)
         return run_folder(self.out, init, self.seed, init.last.name)
+
+    @property
+    def judge(self) -> Path | None:
+        "Folder of the finished main variant whose failures a `veto` stage looks at, if it does."
+        if not self.stage.blamed: return None
+        judged = self.recipe.judged()
+        return run_folder(self.out, judged, self.seed, judged.last.name)
 
     def data(self, role: str):
         "The dataset that plays `role` (train, push, val)."
@@ -367,9 +375,30 @@ def threshold_stage(job: Job, model: Model) -> dict:
     model.to(job.fabric.device).head.threshold_(job.stage.tau)
     return {'tau': job.stage.tau}
 
-KINDS = {'train': train_stage, 'project': project_stage, 'prune': prune_stage, 'threshold': threshold_stage}
+# %% ../nbs/12_training.ipynb #cell-23
+def veto_stage(job: Job, model: Model) -> dict:
+    """Remove the prototypes that a person names, or those that failures on the push split speak against; writes `veto.json`.
 
-# %% ../nbs/12_training.ipynb #cell-24
+    By failures it removes none if there are no failures, and never the last prototype of a class; by name that is a ValueError."""
+    names, stage, passed = job.data('val').labels.names, job.stage, []
+    if stage.blamed:
+        judge, dataset = load_model(job.judge).to(job.fabric.device), job.data('push')
+        count = count_blame(judge, dataset, job.recipe.data.evaluation, f'{job.recipe.name} {stage.name}', job.check_stop)
+        keys, passed = most_blamed(count, judge.prototypes.alive, stage.blamed)
+    else: keys = stage.veto
+    check_veto(keys, model.prototypes.alive, names)
+    def facts(key): return dict(zip(('scale', 'cls', 'k'), key), name=names[key[1]], **(count.facts(key) if stage.blamed else {}))
+    why = {'by': 'failures', 'split': 'push', 'images': count.images, 'cases': count.cases, 'wrong_pixels': float(count.wrong.sum()),
+           'right_pixels': float(count.right.sum())} if stage.blamed else {'by': 'name'}
+    dead = torch.zeros_like(model.prototypes.alive)
+    for key in keys: dead[key] = True
+    model.prototypes.kill_(dead)
+    write_json(job.folder / 'veto.json', {**why, 'removed': [facts(k) for k in keys], 'kept_as_last_of_class': [facts(k) for k in passed]})
+    return {'veto': {'by': why['by'], 'removed': [list(k) for k in keys]}}
+
+KINDS = {'train': train_stage, 'project': project_stage, 'prune': prune_stage, 'veto': veto_stage, 'threshold': threshold_stage}
+
+# %% ../nbs/12_training.ipynb #cell-25
 def prototype_counts(model: Model) -> dict:
     "How many prototypes live, take part in groups, and how many a group has on average (spec 8.5)."
     if model.prototypes is None: return {}
@@ -378,7 +407,7 @@ def prototype_counts(model: Model) -> dict:
     if isinstance(model.head, GroupHead): counts |= {k: v.item() for k, v in group_statistics(model.head.weights, alive).items()}
     return counts
 
-# %% ../nbs/12_training.ipynb #cell-25
+# %% ../nbs/12_training.ipynb #cell-26
 def results(model: Model, counts: Tensor, labels) -> dict:
     "mIoU, per-class IoU and prototype counts as JSON-plain data; a class that does not occur has IoU null."
     iou = class_iou(counts).tolist()
@@ -386,13 +415,13 @@ def results(model: Model, counts: Tensor, labels) -> dict:
             'iou': {n: None if v != v else v for n, v in zip(labels.names, iou)},
             'confusion': counts.tolist(), 'prototypes': prototype_counts(model)}
 
-# %% ../nbs/12_training.ipynb #cell-26
+# %% ../nbs/12_training.ipynb #cell-27
 def peak_memory(device: torch.device) -> dict:
     "Largest memory use so far in MB: of this process, and of the accelerator if there is one."
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != 'darwin' else 1024 ** 2)
     return {'process': round(rss)} | ({'cuda': round(torch.cuda.max_memory_allocated(device) / 2 ** 20)} if device.type == 'cuda' else {})
 
-# %% ../nbs/12_training.ipynb #cell-28
+# %% ../nbs/12_training.ipynb #cell-29
 def check_data(job: Job) -> dict:
     "Read every sample of the recipe's splits once per output folder; returns their fingerprints. Errors name the file."
     facts = {}
@@ -410,13 +439,16 @@ def check_data(job: Job) -> dict:
 
 def check_parent(job: Job):
     "The stage before must be finished, and made by the same recipe."
-    for folder in filter(None, (job.parent, job.start)):
-        if not is_finished(folder):
-            raise FileNotFoundError(f'{job.stage.name} of {job.recipe.name} starts from {folder}, which is not finished; run that stage first')
+    for folder, verb in ((job.parent, 'starts from'), (job.start, 'starts from'), (job.judge, 'looks at the failures of')):
+        if folder and not is_finished(folder):
+            raise FileNotFoundError(f'{job.stage.name} of {job.recipe.name} {verb} {folder}, which is not finished; run that stage first')
     if job.parent: check_recipe(job.parent, job.recipe, job.stage.parent)
     if job.start:
         init = find_recipe(job.recipe.experiment, job.recipe.init)
         check_recipe(job.start, init, init.last.name)
+    if job.judge:
+        judged = job.recipe.judged()
+        check_recipe(job.judge, judged, judged.last.name)
 
 def check_recipe(folder: Path, recipe: Recipe, stage: str):
     "A finished or half-done folder of another recipe is neither reused nor overwritten."
@@ -424,7 +456,7 @@ def check_recipe(folder: Path, recipe: Recipe, stage: str):
     if note.is_file() and (found := json.loads(note.read_text())) != recipe.digest(stage):
         raise ValueError(f'{folder} was made by another recipe ({found}, now {recipe.digest(stage)}); move it away or choose another output folder')
 
-# %% ../nbs/12_training.ipynb #cell-29
+# %% ../nbs/12_training.ipynb #cell-30
 _stop: list[Callable[[], str]] = []   # the outermost `stopping`, while there is one
 
 @contextmanager
@@ -447,7 +479,7 @@ def stopping(max_minutes: float | None):
         _stop.clear()
         for s, handler in previous.items(): signal.signal(s, handler)
 
-# %% ../nbs/12_training.ipynb #cell-30
+# %% ../nbs/12_training.ipynb #cell-31
 PRECISIONS = ('32-true', 'bf16-mixed')   # float16 would need a loss scaler that a resumed run continues with
 
 def make_fabric(device: str, precision: str):
@@ -460,7 +492,7 @@ def make_fabric(device: str, precision: str):
     except (MisconfigurationException, RuntimeError, ValueError) as e:
         raise ValueError(f'cannot use device {device!r} with precision {precision!r}: {e}') from e
 
-# %% ../nbs/12_training.ipynb #cell-31
+# %% ../nbs/12_training.ipynb #cell-32
 def run_stage(experiment: str, method: str, stage: str, variant: str = '', seed: int = 0,
               out: str | Path = 'runs',             # folder of all runs
               data_root: str | Path | None = None,  # where datasets are; rendered ones need none
@@ -486,7 +518,7 @@ def run_stage(experiment: str, method: str, stage: str, variant: str = '', seed:
             if not is_finished(job.folder): _run(job)
     return job.folder
 
-# %% ../nbs/12_training.ipynb #cell-33
+# %% ../nbs/12_training.ipynb #cell-34
 def find_equal(job: Job, data: dict) -> Path | None:
     "A finished folder of the same digest, seed and data, made for another method, variant or experiment; None if there is none."
     digest = job.recipe.digest(job.stage.name)
@@ -506,7 +538,7 @@ def adopt(job: Job, source: Path):
     link(source / 'metrics.json', job.folder / 'metrics.json')            # last: the end marker
     print(f'{job.folder}: the same as {source}', file=sys.stderr, flush=True)
 
-# %% ../nbs/12_training.ipynb #cell-34
+# %% ../nbs/12_training.ipynb #cell-35
 def _run(job: Job):
     started = time.time()
     check_recipe(job.folder, job.recipe, job.stage.name)
@@ -523,7 +555,7 @@ def _finish(job, model, config, data, facts, started):
     folder, moves = job.folder, _moves_backbone(job.stage) or not job.parent
     save_model(model, config, folder, backbone=moves)
     inherited = ([] if moves else ['backbone.safetensors']) + ([] if job.stage.kind == 'project' else ['prototypes.json', 'patches.webp'])
-    inherited += [] if job.stage.kind == 'prune' else ['prune.json']
+    inherited += [f'{kind}.json' for kind in ('prune', 'veto') if kind != job.stage.kind]
     for name in inherited:
         if job.parent and (job.parent / name).is_file(): link(job.parent / name, folder / name)
     earlier, counts = facts.pop('earlier', []), facts.pop('counts', None)     # the last step may have been validated already
@@ -537,7 +569,7 @@ def _finish(job, model, config, data, facts, started):
     (folder / 'resume.safetensors').unlink(missing_ok=True)
     print(f'{job.recipe.name} seed {job.seed} {job.stage.name}: mIoU {measured["miou"]:.4f}', file=sys.stderr, flush=True)
 
-# %% ../nbs/12_training.ipynb #cell-36
+# %% ../nbs/12_training.ipynb #cell-37
 def run_method(experiment: str, method: str, variant: str = '', seed: int = 0, **options) -> list[Path]:
     "Run all stages of a method that are not finished yet, in one process; options as in `run_stage`."
     names = [s.name for s in find_recipe(experiment, method, variant).stages]

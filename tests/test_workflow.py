@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from scaleprotoseg.contents import PAPER_NOTEBOOKS
+from scaleprotoseg.report import run_notebook
+
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, '-m', 'scaleprotoseg', 'reproduce', '--experiment', 'smoke', '--device', 'cpu']
 
@@ -76,16 +79,24 @@ def test_a_reading_notebook_also_runs_from_its_own_folder(whole, tmp_path):
     assert not (folder / 'figures').exists() and not (folder / 'runs').exists()
 
 
+@pytest.mark.parametrize('notebook', [n for n in PAPER_NOTEBOOKS if not n.suits('smoke')], ids=lambda n: f'{n.paper}-{n.name}')
+def test_notebooks_that_are_for_other_data_run_on_the_smoke_size_too(whole, notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(whole)
+    run_notebook(f'nbs/paper/{notebook.paper}/{notebook.name}.ipynb', tmp_path / 'x.ipynb',
+                 {'experiment': 'smoke', 'out': str(tmp_path / 'figures')})
+    assert list((tmp_path / f'figures/smoke/{notebook.paper}').glob(f'{notebook.name}*.*'))
+
+
 def test_killed_parent_then_the_same_command_ends_with_the_same_numbers(whole, tmp_path):
     folder = checkout(tmp_path)
     with (tmp_path / 'first.log').open('w') as log:
-        first = subprocess.Popen(COMMAND, cwd=folder, env=environment(), stdout=log, stderr=log)
+        first = subprocess.Popen([*COMMAND, '--until', 'train'], cwd=folder, env=environment(), stdout=log, stderr=log)
         deadline = time.time() + 120
         while not list(folder.glob('runs/smoke/*/seed0/warmup/recipe.json')):
             assert first.poll() is None and time.time() < deadline, (tmp_path / 'first.log').read_text()[-3000:]
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)       # only the parent: the training job goes on writing
         first.wait()
-    again = subprocess.run(COMMAND, cwd=folder, env=environment(), capture_output=True, text=True)
+    again = subprocess.run([*COMMAND, '--until', 'train'], cwd=folder, env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-6000:]
     assert scores(folder) == scores(whole)
