@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from . import datasets, partscapes  # noqa: F401, make their datasets known
 from .data import Dataset, Labels, lookup, open_dataset
 from .explain import (as_picture, evidence_kind, evidence_names, overlay, plot_segmentation, read_atlas,
-                                   scale_names)
+                                   scale_names, value_range)
 from .model import POSITIONS, Model, Output, read_config
 from .predict import (Explanation, Predictor, as_region, cell_weights, explain_region, last_stage, load,
                                    resolve_run)
@@ -267,7 +268,7 @@ def _bar(value: float, reach: float, color: Sequence[int]) -> str:
     "A bar from the middle line to the right, or to the left for values below 0."
     share = min(abs(value) / (reach or 1), 1) * 50
     left = 50 if value >= 0 else 50 - share
-    return ('<div style="position:relative;width:90px;height:.8em;border-left:0"><div style="position:absolute;left:50%;top:-.2em;'
+    return ('<div style="position:relative;width:70px;height:.8em"><div style="position:absolute;left:50%;top:-.2em;'
             'bottom:-.2em;border-left:1px solid #888"></div><div style="position:absolute;height:100%;outline:1px solid #8888;'
             f'left:{left:.1f}%;width:{share:.1f}%;background:rgb{tuple(color)}"></div></div>')
 
@@ -277,12 +278,12 @@ def bar_table(title: str, head: Sequence[str],      # of the columns with number
              ) -> str:
     "Rows of name, bar and numbers as HTML."
     reach = max((abs(r[3]) for r in rows), default=1)
-    cell = '<td style="padding:0 .4em;text-align:right;white-space:nowrap">{}</td>'
+    cell = '<td style="padding:0 0 0 .6em;text-align:right;white-space:nowrap">{}</td>'
     def row(i, name, color, numbers, value):
         weight = 'font-weight:bold' if i == strong else ''
         return (f'<tr style="{weight}"><td style="padding-right:.5em;white-space:nowrap">{_swatch(color)} {escape(name)}</td>'
                 f'<td>{_bar(value, reach, color)}</td>' + ''.join(cell.format(escape(n)) for n in numbers) + '</tr>')
-    heads = ''.join(f'<th style="padding:0 .4em;text-align:right;font-weight:normal;opacity:.7">{escape(h)}</th>' for h in head)
+    heads = ''.join(f'<th style="padding:0 0 0 .6em;text-align:right;font-weight:normal;white-space:nowrap;opacity:.75">{escape(h)}</th>' for h in head)
     return (f'<table style="border-collapse:collapse;line-height:1.5;font-size:12px"><caption style="text-align:left;'
             f'font-weight:bold;white-space:nowrap">{escape(title)}</caption><tr><td></td><td></td>{heads}</tr>'
             + ''.join(row(i, *r) for i, r in enumerate(rows)) + '</table>')
@@ -332,14 +333,22 @@ def tile_html(p: Switch) -> str:
     "The training patch of a prototype with its numbers at the point."
     image = f'image {p.source.image}' if p.source else 'no training patch'
     picture = png(np.full((8, 8, 3), 230, np.uint8) if p.patch is None else p.patch)
-    uses = [f'{escape(n.replace("group ", "g"))}: {w:.2f}' for n, w in p.weights.items()] if p.name not in p.weights else []
-    lines = [f'sim. {p.similarity:.2f}', ' '.join(uses) or ('' if p.name in p.weights else 'in no group'),
+    uses = [f'<span style="white-space:nowrap">{escape(n.replace("group ", "g"))} {w:.2f}</span>' for n, w in p.weights.items()]
+    lines = [f'sim. {p.similarity:.2f}', '' if p.name in p.weights else ' '.join(uses) or 'in no group',
              f'{"off" if p.on else "on"} → {_number(p.effect, "+") if abs(p.effect) >= 5e-4 else "±0"}']
-    return (f'<div style="display:flex;gap:6px;align-items:center;font-size:11px;line-height:1.35;opacity:{1 if p.on else .4}">'
-            f'<img width="56" height="56" style="max-width:none" alt="training patch of {escape(p.name)}" title="{escape(image)}" '
-            f'src="data:image/png;base64,{base64.b64encode(picture).decode()}"/><div>{"<br>".join(x for x in lines if x)}</div></div>')
+    return ('<div style="display:flex;gap:6px;align-items:center;font-size:11px;line-height:1.35">'
+            f'<img width="56" height="56" style="max-width:none;opacity:{1 if p.on else .3}" alt="training patch of {escape(p.name)}" '
+            f'title="{escape(image)}" src="data:image/png;base64,{base64.b64encode(picture).decode()}"/>'
+            f'<div>{"<br>".join(x for x in lines if x)}</div></div>')
 
 # %% ../nbs/14_explorer.ipynb #cell-32
+_PREDICTED = 'the predicted class', -1
+
+def _two_lines(first, second):
+    "Two lines of fixed height, so that nothing below them moves."
+    line = '<div style="height:1.4em;white-space:nowrap;overflow:hidden;text-overflow:ellipsis">{}</div>'
+    return f'<div style="font-size:12px;line-height:1.4">{line.format(escape(first))}{line.format(escape(second))}</div>'
+
 class Panel:
     """The explorer for JupyterLab: put it at the end of a cell. `panel.explorer` is its state, `panel.widget` its widget.
 
@@ -351,10 +360,12 @@ class Panel:
         try: import ipyevents
         except ImportError as e: raise ImportError("the panel needs ipywidgets and ipyevents: pip install 'scaleprotoseg[repro]'") from e
         self.width, self.data_root, self.runs = width, data_root, explorable_runs(resolve_run(run))
-        self._busy, self._tiles = False, []
+        self._busy, self._tiles, self._name, self._missing = False, [], None, ''
+        self.explorer, self.samples, self.sample, self._own = None, None, None, False
         self._build(ipyevents)
         self._open_run(next(iter(self.runs)))
         if image is not None: self._open_file(image)
+        self._say(self._missing)
         self.render()
 
     def _build(self, ipyevents):
@@ -363,18 +374,22 @@ class Panel:
         full = W.Layout(width=f'{self.width}px')
         style = {'description_width': '52px'}
         self.run = W.Dropdown(options=list(self.runs), description='run', style=style, layout=W.Layout(width='330px'))
-        self.choice = W.Dropdown(options=[], description='image', style=style, layout=W.Layout(width='200px'))
+        self.choice = W.Dropdown(options=[], description='image', style=style, layout=W.Layout(width='220px'))
         self.file = W.Text(description='or a file', placeholder='path of a picture, then Enter', continuous_update=False,
                            style=style, layout=W.Layout(width='330px'))
         self.picture, self.classes = W.Image(format='png', layout=full), W.Image(format='png', layout=full)
         self.show = W.Dropdown(options=['picture'], description='show', style=style, layout=full)
         self.row = W.IntSlider(description='row', style=style, layout=full, continuous_update=False)
         self.column = W.IntSlider(description='column', style=style, layout=full, continuous_update=False)
-        self.cls = W.Dropdown(options=[('the predicted class', -1)], value=-1, description='explain', style=style, layout=full)
-        self.hover, self.legend, self.summary, self.scores, self.evidence, self.status, self.message = (W.HTML() for _ in range(7))
+        self.cls = W.Dropdown(options=[_PREDICTED], description='explain', style=style, layout=full)
+        self.title, self.heading, self.hover, self.legend, self.summary, self.scores, self.evidence, self.status, self.off, self.message = (
+            W.HTML() for _ in range(10))
+        self.scores.layout.min_width = '250px'
+        self.message.layout.min_height = '28px'                       # always there, so that nothing moves when it speaks
         self.reset = W.Button(description='all on', icon='undo', tooltip='switch every prototype on again', layout=W.Layout(width='90px'))
         self.groups = W.VBox()
-        for name in ('picture', 'classes', 'summary', 'scores', 'evidence', 'status', 'reset', 'row', 'column', 'groups', 'hover', 'message'):
+        for name in ('picture', 'classes', 'title', 'summary', 'scores', 'evidence', 'status', 'reset', 'row', 'column', 'groups', 'hover',
+                     'message', 'off', 'heading', 'run', 'choice', 'file', 'show', 'cls', 'legend'):
             getattr(self, name).add_class(f'explorer-{name}')
         self._events = []
         for target in self.picture, self.classes:
@@ -383,20 +398,26 @@ class Panel:
             click.on_dom_event(self._click)
             move.on_dom_event(self._move)
             self._events += [click, move]
-        self.run.observe(lambda c: self._do(lambda: self._open_run(c.new)), 'value')
-        self.choice.observe(lambda c: self._do(lambda: self._open_sample(c.new)), 'value')
-        self.file.observe(lambda c: self._do(lambda: c.new and self._open_file(c.new)), 'value')
+        self.run.observe(lambda c: self._do(lambda: self._open_run(c.new), f'opening {c.new} …'), 'value')
+        self.choice.observe(lambda c: self._do(lambda: self._open_sample(c.new), 'opening the image …'), 'value')
+        self.file.observe(lambda c: self._do(lambda: c.new and self._open_file(c.new), f'opening {c.new} …'), 'value')
         for slider in self.row, self.column:
             slider.observe(lambda c: self._do(lambda: self.explorer.move(self.row.value, self.column.value)), 'value')
         for choice in self.show, self.cls: choice.observe(lambda c: self._do(lambda: None), 'value')
         self.reset.on_click(lambda b: self._do(self.explorer.reset))
-        left = W.VBox([W.HTML('<b>picture</b>'), self.picture, self.show, self.row, self.column])
-        middle = W.VBox([W.HTML('<b>prediction</b>'), self.classes, self.legend, self.hover, self.cls])
-        right = W.VBox([self.summary, self.scores, self.evidence])
-        wrap = W.Layout(flex_flow='row wrap', grid_gap='0px 16px')
-        self.widget = W.VBox([W.Box([self.run, self.choice, self.file], layout=wrap), self.message,
-                              W.Box([left, middle, right], layout=wrap),
-                              W.HBox([self.reset, self.status]), self.groups])
+        self.widget = self._arrange(W)
+
+    def _arrange(self, W):
+        "One widget of all. Three columns; where the screen is too narrow the numbers go below the pictures, side by side."
+        def row(children, **layout): return W.Box(children, layout=W.Layout(flex_flow='row wrap', overflow='visible', **layout))
+        def column(children, **layout): return W.VBox(children, layout=W.Layout(overflow='visible', **layout))
+        left = column([self.title, self.picture, self.show, self.row, self.column])
+        middle = column([self.heading, self.classes, self.hover, self.cls, self.legend])
+        right = column([self.summary, row([self.scores, self.evidence], grid_gap='4px 28px')], flex='1 1 450px')
+        style = W.HTML('<style>.explorer-picture, .explorer-classes {cursor: crosshair}</style>', layout=W.Layout(display='none'))
+        return column([style, row([self.run, self.choice, self.file], grid_gap='0px 16px'), self.message,
+                       row([left, middle, right], grid_gap='0px 16px'),
+                       W.HBox([self.reset, self.status], layout=W.Layout(align_items='center', grid_gap='0px 8px')), self.groups, self.off])
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         "The widget; where there are no widgets, a sentence."
@@ -405,58 +426,74 @@ class Panel:
         data = {**data, 'text/plain': 'An interactive panel: run this notebook in JupyterLab to use it.'}
         return (data, metadata) if metadata is not None else data
 
-    def _do(self, action):
-        "Run an action of the user and show what came of it, errors as well."
+    def _say(self, text, error=False):
+        self.message.value = f'<span role="alert" style="color:var(--jp-error-color1,#b00)">{escape(text)}</span>' if error else escape(text)
+
+    def _do(self, action, waiting=''):
+        "Run an action of the user and show what came of it, errors as well; `waiting` is shown until then."
         if self._busy: return
-        self.message.value = ''
-        try: action()
-        except (OSError, ValueError, KeyError) as e:
-            self.message.value = f'<span role="alert" style="color:var(--jp-error-color1,#b00)">{escape(str(e))}</span>'
-        self.render()
+        self._say(waiting)
+        try:
+            action()
+            self.render()
+            self._say(self._missing)
+        except (OSError, ValueError, KeyError) as e: self._say(str(e), error=True)
+        except Exception as e:
+            self._say(f'{type(e).__name__}: {e}', error=True)
+            raise                                                                   # the traceback goes to the log
 
     def _click(self, event): self._do(lambda: self.explorer.move(*pixel_at(event, self.explorer.image.shape[:2])))
 
     def _move(self, event):
-        if event.get('type') == 'mouseleave' or 'relativeX' not in event:
-            self.hover.value = self._truth(*self.explorer.point)
-            return
-        row, column = pixel_at(event, self.explorer.image.shape[:2])
-        top = self.explorer.scores(row, column).topk(min(2, len(self.explorer.labels)))
-        names = ', '.join(f'{escape(self.explorer.labels.names[c])} {_number(v)}' for v, c in zip(top.values.tolist(), top.indices.tolist()))
-        self.hover.value = f'<div style="font-size:12px;white-space:nowrap">mouse: row {row}, column {column}: {names}</div>'
+        if event.get('type') == 'mouseleave' or 'relativeX' not in event: self.hover.value = self._hint()
+        else:
+            row, column = pixel_at(event, self.explorer.image.shape[:2])
+            top = self.explorer.scores(row, column).topk(min(2, len(self.explorer.labels)))
+            names = ', '.join(f'{self.explorer.labels.names[c]} {_number(v)}' for v, c in zip(top.values.tolist(), top.indices.tolist()))
+            label = self._label(row, column)
+            self.hover.value = _two_lines(f'mouse: row {row}, column {column}' + (f', label: {label}' if label else ''), names)
 
     def _open_run(self, name):
+        "Another run. The picture stays if the run validates on the same images, or if it is your own."
         try: explorer = Explorer(load(self.runs[name]))
-        except (OSError, ValueError):
-            if hasattr(self, '_name'): self._quietly(self.run, value=self._name)      # stay where we were
+        except Exception:
+            self._quietly(self.run, value=self._name)                               # stay where we were
             raise
-        self._name = name
-        self.explorer, self.samples, self.sample = explorer, None, None
-        try: self.samples = validation_images(self.runs[name], self.data_root)
+        before, ids, samples, self._missing = self.explorer, self._ids(), None, ''
+        try:
+            samples = validation_images(self.runs[name], self.data_root)
+            samples[0]
         except (OSError, ValueError, KeyError) as e:
-            self.message.value = f'no validation images of {escape(name)}, type the path of a picture: {escape(str(e))}'
-        ids = [] if self.samples is None else list(self.samples.ids)
-        self._quietly(self.choice, options=[(str(name), i) for i, name in enumerate(ids)] or [('none', -1)], index=0)
-        self._quietly(self.file, value='')
+            samples, self._missing = None, f'no validation images of {name}, type the path of a picture: {e}'
+        self._name, self.explorer, self.samples = name, explorer, samples
+        i = (self.choice.value if self._ids() == ids else 0) if samples else None
+        self._quietly(self.choice, options=[(str(n), i) for i, n in enumerate(self._ids())], value=None)
         self._make_tiles()
-        if self.samples is None: explorer.open(np.full((128, 192, 3), 128, np.uint8))
-        else: self._open_sample(self.choice.value)
+        if self._own: self._open_file(before.image, before.point)
+        elif samples:
+            self._open_sample(i, before and before.point)
+            self._quietly(self.choice, value=i)
+        else: explorer.open(np.full((128, 192, 3), 128, np.uint8))
 
-    def _open_sample(self, i):
-        if self.samples is None or i is None or i < 0: return
-        self.sample = self.samples[i]
-        self._look(self.sample.image)
+    def _ids(self): return [] if self.samples is None else list(self.samples.ids)
+
+    def _open_sample(self, i, point=None):
+        if i is None: return
+        sample = self.samples[i]
+        self._look(sample.image, point)
+        self.sample, self._own = sample, False
         self._quietly(self.file, value='')
 
-    def _open_file(self, path):
-        self._look(path)
-        self.sample = None
+    def _open_file(self, picture, point=None):
+        self._look(picture, point)
+        self.sample, self._own, self._missing = None, True, ''
+        self._quietly(self.choice, value=None)                                      # so that every image can be chosen again
 
-    def _look(self, image):
+    def _look(self, image, point=None):
         "Another picture, at the same point if that is inside."
-        at = getattr(self.explorer, 'point', None)
+        point = point or getattr(self.explorer, 'point', None)
         self.explorer.open(image)
-        if at and all(a < n for a, n in zip(at, self.explorer.image.shape[:2])): self.explorer.move(*at)
+        if point and all(a < n for a, n in zip(point, self.explorer.image.shape[:2])): self.explorer.move(*point)
 
     def _make_tiles(self):
         "A box to tick per prototype of one class, in a row per scale."
@@ -468,10 +505,10 @@ class Panel:
             tick.observe(lambda c: self._do(lambda: self.explorer.switch(s, self.shown_class, k, c.new)), 'value')
             return tick, W.HTML()
         self._tiles = [[tile(s, k) for k in range(K)] for s in range(S)]
-        def box(tick, text): return W.VBox([tick, text], layout=W.Layout(width='158px', margin='0 4px 6px 0'))
+        def box(tick, text): return W.VBox([tick, text], layout=W.Layout(width='172px', margin='0 4px 6px 0', overflow='visible'))
         head = W.Layout(width='64px')
         self.groups.children = [W.HBox([W.HTML(f'<b>{escape(name)}</b>', layout=head),
-                                        W.Box([box(*t) for t in tiles], layout=W.Layout(flex_flow='row wrap'))])
+                                        W.Box([box(*t) for t in tiles], layout=W.Layout(flex_flow='row wrap', overflow='visible'))])
                                 for name, tiles in zip(scale_names(self.explorer.predictor.model), self._tiles)]
 
     def _quietly(self, widget, **values):
@@ -483,45 +520,60 @@ class Panel:
 
     @property
     def shown_class(self) -> int:
-        "The class that is being explained: the chosen one, or the predicted one."
-        return int(self.explorer.scores(*self.explorer.point).argmax()) if self.cls.value < 0 else self.cls.value
+        "The class that is being explained: the chosen one, or the one predicted with everything on, so that a switch keeps it."
+        return int(self.explorer.scores(*self.explorer.point, all_on=True).argmax()) if self.cls.value < 0 else self.cls.value
 
     def render(self):
         "Make the widgets show the state."
         busy, self._busy = self._busy, True
         try:
-            x, labels = self.explorer, self.explorer.labels
-            (H, W), names = x.image.shape[:2], [('the predicted class', -1), *((n, c) for c, n in enumerate(labels.names))]
-            if self.cls.options != tuple(names): self.cls.options, self.cls.value = names, -1
+            x, (H, W) = self.explorer, self.explorer.image.shape[:2]
+            self._offer(self.cls, [_PREDICTED, *((n, c) for c, n in enumerate(x.labels.names))])
             for slider, value, n in (self.row, x.point[0], H), (self.column, x.point[1], W):
                 slider.max, slider.value = n - 1, value
             cls = self.shown_class
-            self._render_tiles(cls)
-            self._render_pictures(cls)
+            prototypes = x.prototypes(cls)
+            self._render_tiles(prototypes)
+            self._render_pictures(cls, prototypes)
             self._render_texts(cls)
         finally: self._busy = busy
 
-    def _render_tiles(self, cls):
-        found = {(p.scale, p.k): p for p in self.explorer.prototypes(cls)}
+    def _offer(self, dropdown, options):
+        "Other options; the chosen one stays chosen if it is still there."
+        if dropdown.options == tuple(options): return
+        values = [o[1] if isinstance(o, tuple) else o for o in options]
+        wanted = dropdown.value
+        dropdown.options = options
+        dropdown.value = wanted if wanted in values else values[0]
+
+    def _render_tiles(self, prototypes):
+        found = {(p.scale, p.k): p for p in prototypes}
         for s, tiles in enumerate(self._tiles):
             for k, (tick, text) in enumerate(tiles):
                 p = found.get((s, k))
                 tick.layout.display = text.layout.display = '' if p else 'none'
                 if p: tick.description, tick.value, text.value = p.name, p.on, tile_html(p)
 
-    def _render_pictures(self, cls):
-        x, shots = self.explorer, {'picture': None}
-        if self.sample is not None: shots['label'] = ('label',)
-        for e in x.explain(cls).own:
-            if self.explorer.kind == 'groups': shots[e.name.removeprefix(f'{x.labels.names[cls]} ')] = e.heat
-        for p in x.prototypes(cls): shots[p.name] = p.key
-        wanted = self.show.value
-        if self.show.options != tuple(shots): self.show.options = tuple(shots)
-        self.show.value = wanted if wanted in shots else 'picture'
-        heat, picture, smooth = shots[self.show.value], x.image, True
-        if self.show.value == 'label': picture, smooth = class_picture(x.image, self.sample.label.numpy(), x.labels), False
-        elif heat is not None: picture = overlay(x.image, x.similarity(*heat) if isinstance(heat, tuple) else heat)
-        self.picture.value = png(marked(picture, x.point, 2 * self.width, smooth=smooth))
+    def _heats(self, cls, prototypes, all_on=False):
+        "Maps (h, w) that can be laid over the picture, by name."
+        x, heats = self.explorer, {}
+        if x.kind == 'groups':
+            own = sorted(x.explain(cls, all_on).own, key=lambda e: e.index)
+            heats = {e.name.removeprefix(f'{x.labels.names[cls]} '): e.heat for e in own}
+        return heats | {p.name: x.similarity(*p.key) for p in prototypes}
+
+    def _render_pictures(self, cls, prototypes):
+        x, heats = self.explorer, self._heats(cls, prototypes)
+        self._offer(self.show, ['picture'] + ['label'] * (self.sample is not None) + list(heats))
+        name, picture, title = self.show.value, x.image, self.show.value
+        if name == 'label': picture = class_picture(x.image, self.sample.label.numpy(), x.labels)
+        elif name in heats:
+            heat, before = heats[name], self._heats(cls, prototypes, all_on=True)[name]      # one scale, so that they compare
+            low, high = value_range(np.stack([heat, before]))
+            picture = overlay(x.image, heat, limits=(low, high))
+            title = f'{x.labels.names[cls]} {name}: {_number(low)} dark, {_number(high)} yellow'
+        self.title.value = f'<b>{escape(title)}</b>'
+        self.picture.value = png(marked(picture, x.point, 2 * self.width, smooth=name != 'label'))
         classes = class_picture(x.image, x.prediction(), x.labels)
         self.classes.value = png(marked(classes, x.point, 2 * self.width, x.changed, smooth=False))
 
@@ -531,18 +583,25 @@ class Panel:
         before, now = (int(x.scores(row, column, all_on).argmax()) for all_on in (True, False))
         was = f' (all on: {escape(names[before])})' if before != now else ''
         self.summary.value = f'<div style="font-size:13px;line-height:1.4">row {row}, column {column}: <b>{escape(names[now])}</b>{was}</div>'
-        self.hover.value = self._truth(row, column)
+        self.hover.value = self._hint()
         self.scores.value, self.evidence.value = score_table(x, cls), evidence_table(x, cls)
-        here = sorted(set(np.unique(x.prediction()).tolist()))
+        here = np.unique(x.prediction() if self.show.value != 'label' else np.stack([x.prediction(), self.sample.label.numpy()]))
         self.legend.value = '<div style="font-size:11px;line-height:1.5;max-width:%dpx">%s</div>' % (self.width, ' '.join(
-            f'<span style="white-space:nowrap;margin-right:.6em">{_swatch(x.labels.colors[c])} {escape(names[c])}</span>' for c in here))
-        scales = scale_names(x.predictor.model)
-        off = ', '.join(f'{names[c]} {scales[s]} p{k + 1}' for s, c, k in x.off)
-        text = f'switched off: {off}; {x.changed.mean():.1%} of the pixels changed' if off else 'every prototype is on'
-        self.status.value = f'<div style="font-size:12px;line-height:1.5">prototypes of <b>{escape(names[cls])}</b>, per scale. {escape(text)}</div>'
+            f'<span style="white-space:nowrap;margin-right:.6em">{_swatch(x.labels.colors[c])} {escape(names[c])}</span>' for c in here if c >= 0))
+        self.heading.value = f'<b>prediction{", changed pixels outlined" if x.changed.any() else ""}</b>'
+        scales, off = scale_names(x.predictor.model), x.off
+        text = f'{len(off)} switched off, {x.changed.mean():.1%} of the pixels changed' if off else 'every prototype is on'
+        self.status.value = f'<div style="font-size:12px;line-height:1.5">prototypes of <b>{escape(names[cls])}</b>, per scale; {text}</div>'
+        listed = ', '.join(f'{names[c]} {scales[s]} p{k + 1}' for s, c, k in off)
+        self.off.value = f'<div style="font-size:12px;line-height:1.5">{f"switched off: {escape(listed)}" if off else ""}</div>'
 
-    def _truth(self, row, column):
-        "What the label says, if there is one."
+    def _hint(self):
+        "What to read while the mouse is elsewhere."
+        label = self._label(*self.explorer.point)
+        return _two_lines(f'label at the point: {label}' if label else '', 'point at a picture for scores, click to explain')
+
+    def _label(self, row, column):
+        "Name of the true class, '' if nobody knows."
         if self.sample is None: return ''
         c = int(self.sample.label[row, column])
-        return f'<div style="font-size:12px">label at the point: {escape(self.explorer.labels.names[c]) if c >= 0 else "void"}</div>'
+        return self.explorer.labels.names[c] if c >= 0 else 'void'

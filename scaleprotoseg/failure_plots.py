@@ -15,7 +15,7 @@ import torch
 
 from .data import Dataset, Labels
 from .evaluation import Evaluation, stream
-from .explain import Atlas, as_picture, evidence_kind, evidence_names, scale_names
+from .explain import (Atlas, Panel, as_picture, evidence_kind, evidence_names, outlined, plot_panels, scale_names)
 from .failures import Blame, Case, blame, cell_weights, describe, enlarged_prediction, evidence_parts
 from .model import Model
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Layer', 'Scene', 'scene', 'outline', 'plot_case', 'plot_evidence', 'plot_members']
+__all__ = ['Layer', 'Scene', 'scene', 'outline', 'plot_case', 'plot_evidence', 'plot_members', 'plot_before_after']
 
 # %% ../nbs/13_failure_plots.ipynb #cell-05
 @dataclass
@@ -173,3 +173,26 @@ def plot_members(scene: Scene, width: float = 7.) -> Figure:
     "The prototypes of the true class's strongest group and of the driving group, with weights and training patches."
     if not scene.members: raise ValueError('a linear head has no groups to look into: its prototypes are the evidence')
     return _rows(scene, scene.members, 'log similarity', width, patches=True)
+
+# %% ../nbs/13_failure_plots.ipynb #5613eb26
+@torch.no_grad()
+def plot_before_after(before: Model, after: Model, dataset: Dataset, cases: Sequence[Case],
+                      how: Evaluation = Evaluation(),  # noqa: B008, frozen
+                      names: tuple[str, str] = ('before', 'after'),
+                     ) -> tuple[Figure, list[str]]:
+    "A row per case: image, label, both predictions; and a sentence for each, with the wrong pixels before and after."
+    rows, lines, seen, labels = [], [], set(), dataset.labels
+    for case in cases:
+        (_, sample, one), (_, _, two) = (next(stream(m, dataset, how, (), [case.index])) for m in (before, after))
+        label = sample.label.numpy()
+        first, second = (enlarged_prediction(o, label.shape).cpu().numpy() for o in (one, two))
+        wrong = (label == case.true) & (first == case.predicted)
+        pictures = (as_picture(sample.image), *(labels.colorize(np.where(label < 0, -1, x)) for x in (label, first, second)))
+        rows.append([Panel(outlined(p, wrong), title) for p, title in zip(pictures, ('image', 'label', *names))])
+        seen |= set(np.unique(label)) | set(np.unique(first[label >= 0])) | set(np.unique(second[label >= 0]))
+        still, right = int(((label == case.true) & (second == case.predicted)).sum()), int((wrong & (second == label)).sum())
+        lines.append(f'Image {case.image}: {int(wrong.sum())} pixels of {labels.names[case.true]} were taken for {labels.names[case.predicted]}, '
+                     f'now {still}; of the outlined ones {right} are right.')
+    here = sorted(seen - {-1})
+    legend = [('class', [labels.names[c] for c in here], [labels.colors[c] for c in here])]
+    return plot_panels(rows, [f'{labels.names[c.true]} / {labels.names[c.predicted]}' for c in cases], legend), lines

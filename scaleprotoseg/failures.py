@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Case', 'image_cases', 'enlarged_prediction', 'sort_cases', 'stream_failures', 'find_failures', 'cell_sums',
            'cell_weights', 'log_mean', 'evidence_parts', 'Member', 'Piece', 'Blame', 'regions', 'compared_parts',
-           'preference', 'blame', 'describe', 'divided', 'wrong_pixels', 'right_pixels', 'BlameCount', 'count_blame',
-           'most_blamed', 'check_veto']
+           'preference', 'blame', 'describe', 'Explained', 'explain_failures', 'worst_of_each', 'divided',
+           'wrong_pixels', 'right_pixels', 'BlameCount', 'count_blame', 'most_blamed', 'check_veto']
 
 # %% ../nbs/11_failures.ipynb #cell-03
 from collections.abc import Callable, Iterator, Sequence
@@ -232,6 +232,35 @@ def describe(case: Case, why: Blame, labels: Labels,
     origin = f'a patch of training image {source.image}' if source else 'a prototype without a training patch'
     return what + drove + (f' In it {scales[m.scale]} p{m.k + 1} (weight {m.weight:.2f}) holds {m.share:.0%} of the activation: {origin}.'
                            if grouped else f' It is {origin}.')
+
+# %% ../nbs/11_failures.ipynb #7a58f039
+@dataclass
+class Explained:
+    "A failure case, what drove it, and the training patch behind the first prototype of the driver."
+    case: Case
+    why: Blame
+    source: Source | None
+
+def explain_failures(model: Model, dataset: Dataset,
+                     sources: Sequence[Source] = (),  # where prototypes come from
+                     how: Evaluation = Evaluation(),  # noqa: B008, frozen
+                     images: Sequence[int] | None = None, progress: str = '', **rule) -> list[Explained]:
+    "`find_failures` with the blame for each, worst first."
+    origin, found = {(s.scale, s.cls, s.k): s for s in sources}, []
+    for cases, *image in stream_failures(model, dataset, how, ('similarities',), images, progress, **rule):
+        for case in cases:
+            why = blame(model, case, *image)
+            first = why.members[0] if why.members else None
+            found.append(Explained(case, why, first and origin.get((first.scale, why.driver.cls, first.k))))
+    order = {(c.index, c.cls): i for i, c in enumerate(sort_cases([x.case for x in found]))}
+    return sorted(found, key=lambda x: order[x.case.index, x.case.cls])
+
+def worst_of_each(cases: Sequence[Case],  # worst first
+                  n: int) -> list[Case]:
+    "The worst case of each confusion (true and predicted class), the first `n` of these."
+    first: dict[tuple[int, int], Case] = {}
+    for c in cases: first.setdefault((c.true, c.predicted), c)
+    return list(first.values())[:n]
 
 # %% ../nbs/11_failures.ipynb #cell-29
 def divided(pixels: Tensor | float, parts: Tensor, over: tuple[int, ...]) -> Tensor:

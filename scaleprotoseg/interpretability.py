@@ -11,7 +11,7 @@ __all__ = ['LEGACY', 'PASCAL_LEGACY_CLASSES', 'VALUES', 'key_points', 'PartTest'
 # %% ../nbs/09_interpretability.ipynb #cell-03
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, floor, lgamma
 
@@ -350,17 +350,18 @@ def score_overlap(model: Model, dataset: Dataset,
 
 # %% ../nbs/09_interpretability.ipynb #cell-49
 @torch.no_grad()
-def throughput(model: Model, size: tuple[int, int],  # H, W
-               runs: int = 20, warm_up: int = 3) -> dict:
-    "JSON-plain: `per_second`, the median, `slowest` and `fastest`, with `size`, `runs`, and the `device` of the model."
-    model.eval()
-    device = next(model.parameters()).device
-    image, seconds = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device), []
+def throughput(models: Mapping[str, Model], size: tuple[int, int],  # H, W
+               runs: int = 20, warm_up: int = 3) -> dict[str, dict]:
+    "JSON-plain, by name: images `per_second` (the median), `slowest` and `fastest`, with `size`, `runs`, and the model's `device`."
+    image, seconds = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)), {name: [] for name in models}
     for _ in range(warm_up + runs):
-        start = time.perf_counter()
-        model(image, chunk=POSITIONS)
-        if device.type == 'cuda': torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    seconds = seconds[warm_up:]
-    return {'per_second': 1 / statistics.median(seconds), 'slowest': 1 / max(seconds), 'fastest': 1 / min(seconds),
-            'size': list(size), 'runs': runs, 'device': device.type}
+        for name, model in models.items(): seconds[name].append(_forward_seconds(model.eval(), image))
+    return {name: {'per_second': 1 / statistics.median(s[warm_up:]), 'slowest': 1 / max(s[warm_up:]), 'fastest': 1 / min(s[warm_up:]),
+                   'size': list(size), 'runs': runs, 'device': next(models[name].parameters()).device.type} for name, s in seconds.items()}
+
+def _forward_seconds(model: Model, image: Tensor) -> float:
+    device = next(model.parameters()).device
+    image, start = image.to(device), time.perf_counter()
+    model(image, chunk=POSITIONS)
+    if device.type == 'cuda': torch.cuda.synchronize(device)
+    return time.perf_counter() - start

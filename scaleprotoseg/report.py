@@ -25,7 +25,7 @@ from .contents import (contents_markdown, contents_table, dataset_key, is_ablati
 from .data import Dataset, Labels, Sample, lookup, open_dataset
 from .evaluation import segment
 from .explain import Atlas, read_atlas
-from .heads import GroupHead
+from .interpretability import used_prototypes
 from .model import Model, load_model, pick_device, read_config, replace_file
 from .recipes import Recipe, experiments, find_recipe, recipes_of
 from .runs import from_root, is_finished, read_metrics, run_folder
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'STEPS', 'METHOD_NAMES', 'collect', 'finished_stage', 'published', 'recipe_table',
-           'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published', 'compared',
-           'accuracy_table', 'steps_table', 'Case', 'size_cases', 'threshold_cases', 'entropy_cases', 'ablation_table',
-           'shown', 'save_table', 'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run',
-           'open_run', 'provenance_of', 'used_prototypes', 'busiest_classes', 'plot_comparison', 'notebook_parameters',
-           'check_parameters', 'NotebookFailed', 'run_notebook', 'without_machine_paths', 'read_title',
-           'write_contents', 'build_report']
+__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'STEPS', 'METHOD_NAMES', 'collect', 'finished_stage', 'finished_seeds', 'published',
+           'recipe_table', 'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published',
+           'compared', 'published_references', 'accuracy_table', 'steps_table', 'Case', 'size_cases', 'threshold_cases',
+           'entropy_cases', 'ablation_table', 'shown', 'save_table', 'save_figure', 'provenance_text', 'duration',
+           'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison',
+           'notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook', 'without_machine_paths',
+           'read_title', 'write_contents', 'build_report']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -77,6 +77,10 @@ def finished_stage(runs: str | Path, recipe: Recipe, seed: int,
     if made_by == digest: return folder
     warnings.warn(f'{folder} left out: made by recipe {made_by}, which is now {digest}', stacklevel=2)
     return None
+
+def finished_seeds(runs: str | Path, recipe: Recipe, stage: str = '') -> list[int]:
+    "The seeds with which a stage ('' is the last) was finished."
+    return [seed for seed in _seeds(runs, recipe) if finished_stage(runs, recipe, seed, stage)]
 
 def _read_json(path: Path) -> Any: return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -139,10 +143,11 @@ PUBLISHED_DATA = {   # dataset -> published data to show beside it, and whether 
     'em': (('EM, split 1', 'EM, split 2'), True),   # which of the two has seed 42 is not published: both are shown
     'partscapes': (('Cityscapes val',), False), 'camvid': (('Cityscapes val',), False)}
 
-def compare(ours: Mapping,     # miou, std, runs
+def compare(ours: Mapping,     # of `score`, std, runs
             theirs: Mapping,   # value, std; empty if the papers have no such number
             data: str | None,  # what theirs was measured on
             same_data: bool, same_schedule: bool = True,
+            score: str = 'miou', least: float = 1.,   # a difference that is not worth a word
            ) -> dict:          # published, published_std, published_data, difference, verdict; None where there is none
     "Columns that set a published score beside ours."
     row = {'published': theirs.get('value'), 'published_std': theirs.get('std'),
@@ -150,8 +155,8 @@ def compare(ours: Mapping,     # miou, std, runs
            'difference': None, 'verdict': None}
     if not ours['runs']: return row | {'verdict': 'not run'}
     if row['published'] is None or not same_data: return row
-    difference = ours['miou'] - row['published']
-    margin = max(1., 2 * (ours['std'] or 0), 2 * (row['published_std'] or 0))
+    difference = ours[score] - row['published']
+    margin = max(least, 2 * (ours['std'] or 0), 2 * (row['published_std'] or 0))
     verdict = 'agrees' if abs(difference) <= margin else 'above' if difference > 0 else 'below'
     return row | {'difference': difference, 'verdict': verdict if same_schedule else 'reduced schedule'}
 
@@ -190,7 +195,8 @@ def compared(experiment: str) -> list[Recipe]:
     starts = {r.init for r in recipes}
     return [r for r in recipes if (not r.variant or is_ablation(experiment)) and r.method not in starts]
 
-def _references(recipe: Recipe) -> list[dict]:
+def published_references(recipe: Recipe) -> list[dict]:
+    "On what data the published numbers to show beside a recipe were measured: arguments of `compare`, one set for each."
     data, same = PUBLISHED_DATA.get(dataset_key(recipe), ((None,), False))
     published_schedule = main_experiment(recipe.experiment) == recipe.data.dataset
     return [{'data': d, 'same_data': same, 'same_schedule': published_schedule} for d in data]
@@ -207,7 +213,7 @@ def accuracy_table(frame: pd.DataFrame, experiment: str,
         ours.pop('group_average')
         def theirs_on(data, r=r):
             return find_published(reference, method=r.method, data=data or '') if reference is not None and not r.variant else {}
-        found = [(ref, theirs_on(ref['data'])) for ref in _references(r)]
+        found = [(ref, theirs_on(ref['data'])) for ref in published_references(r)]
         for ref, theirs in [x for x in found if x[1]] or found[:1]:      # one row where the papers have no number
             rows.append({'method': r.method, 'variant': r.variant, 'stage': r.last.name, **ours,
                          **compare(ours, theirs, **ref)})
@@ -225,7 +231,7 @@ def steps_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -
     rows = []
     for r, stage, step in [(r, stage, step) for r in compared(experiment) for m, stage, step in STEPS
                            if m == r.method and stage in {s.name for s in r.stages}]:
-        ours, ref = summarise(frame, r, stage), _references(r)[0]
+        ours, ref = summarise(frame, r, stage), published_references(r)[0]
         ours.pop('group_average')
         where = {'method': r.method, 'step': 'none' if r.variant else step or 'none', 'data': ref['data'] or ''}
         counted = find_published(reference, 'prototypes', **where).get('value')
@@ -243,9 +249,7 @@ class Case:
     setting: str
     published: str = ''   # the published setting that it stands for, if in other words
 
-def _main(experiment: str, method: str) -> Recipe:
-    main = main_experiment(experiment)
-    return lookup({r.method: r for r in known_recipes(main)}, method, f'method of {main}')
+def _main(experiment: str, method: str) -> Recipe: return find_recipe(main_experiment(experiment), method)
 
 def size_cases(experiment: str) -> list[Case]:
     "ProtoSeg's prototypes per class, channels and length of training (supplement, Table 1): the main recipe first."
@@ -276,7 +280,7 @@ def ablation_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
     Published rows that fit no case come last, by themselves."""
     import pandas as pd
     cases, rows = list(cases), []
-    ref = _references(cases[0].recipe)[0]
+    ref = published_references(cases[0].recipe)[0]
     if not ref['same_data'] and ref['data'] not in set(reference.data): ref |= {'data': reference.data.iloc[0]}    # for orientation
     here = reference[reference.data == (ref['data'] or '')]
     def named(words): return next((x for x in here.setting if x == words or x.endswith(f', {words}')), None)
@@ -432,11 +436,6 @@ def provenance_of(*opened: Run) -> str:
     "Seeds, data, device, commit and recipes of what a figure shows."
     import pandas as pd
     return provenance_text(pd.DataFrame([r.row for r in opened], columns=list(COLUMNS)))
-
-def used_prototypes(model: Model) -> Tensor:  # (S, C, K) bool
-    "Living prototypes; with groups, only those with a weight in one of them (spec 8.5)."
-    alive = model.prototypes.alive
-    return alive & (model.head.weights > 0).any(1).transpose(0, 1) if isinstance(model.head, GroupHead) else alive
 
 def busiest_classes(model: Model, n: int = 1,
                     first: str = '',            # a class that comes before all others

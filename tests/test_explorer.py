@@ -183,7 +183,7 @@ def test_tables_and_tiles_show_what_is_off_and_escape_names(explorer):
     assert 'all on' in score_table(explorer, 3) and 'all on' in evidence_table(explorer, 3)
     p = explorer.prototypes(3)[0]
     p.name = '<b>'
-    assert '&lt;b&gt;' in tile_html(p) and 'opacity:0.4' in tile_html(p)
+    assert '&lt;b&gt;' in tile_html(p) and 'opacity:0.3' in tile_html(p)
 
 
 def test_the_contributions_in_the_table_sum_to_the_score(explorer):

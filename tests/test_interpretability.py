@@ -145,7 +145,7 @@ def test_fast_hits_are_those_of_the_slow_loop(seed, enlarge, whole, background):
 
 
 def test_scores_are_those_of_the_slow_loop():
-    test, images = PartTest((0.95,), consistent=0.7), [random_image(seed, classes=2) for seed in range(6)]
+    test, images = PartTest((0.95,), consistent=0.25), [random_image(seed, classes=2) for seed in range(6)]
     scores, hits, same = PartScores((2, 2, 2), 3, test), {}, []
     for clean, noisy, label, parts in images:
         scores.update(torch.from_numpy(clean)[None], torch.from_numpy(noisy)[None], torch.from_numpy(label), torch.from_numpy(parts))
@@ -155,7 +155,7 @@ def test_scores_are_those_of_the_slow_loop():
     best = {}
     for key, v in hits.items(): best[key[:3]] = max(best.get(key[:3], 0), np.mean(v))
     result = scores.scores()
-    assert result['consistency'] == pytest.approx(np.mean([v > 0.7 for v in best.values()])) and 0 < result['consistency'] < 1
+    assert result['consistency'] == pytest.approx(np.mean([v > 0.25 for v in best.values()])) and 0 < result['consistency'] < 1
     assert result['stability'] == pytest.approx(np.mean(same)) and 0 < result['stability'] < 1
     assert (result['prototypes'], result['comparisons'], result['images']) == (len(best), len(same), 6)
 
@@ -412,9 +412,10 @@ def test_models_and_data_that_cannot_be_scored_are_refused(grouped, dataset):
 
 
 def test_throughput_runs_and_is_json():
-    rate = throughput(model_of(GroupHead(1, 10, 2)), (32, 48), runs=3, warm_up=1)
-    assert 0 < rate['slowest'] <= rate['per_second'] <= rate['fastest'] and rate['size'] == [32, 48]
-    json.dumps(rate)
+    rates = throughput({'a': model_of(GroupHead(1, 10, 2)), 'b': model_of(LinearHead(1, 10, 2))}, (32, 48), runs=3, warm_up=1)
+    assert list(rates) == ['a', 'b'] and all(r['size'] == [32, 48] for r in rates.values())
+    assert all(0 < r['slowest'] <= r['per_second'] <= r['fastest'] for r in rates.values())
+    json.dumps(rates)
 
 
 # -- sparsity -----------------------------------------------------------------------------------------------------------

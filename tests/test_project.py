@@ -58,7 +58,7 @@ def test_run_and_read_notebooks_have_one_parameters_cell_and_export_nothing(note
     tagged = [c for c in cells if 'parameters' in c['metadata'].get('tags', [])]
     assert len(tagged) == 1
     lines = [x for x in source(tagged[0]).splitlines() if x.strip()]
-    assert all(re.match(r'\w+: (str|int|float|bool) = .+# .+', x) for x in lines), 'typed, with a default and a comment'
+    assert all(re.match(r'\w+: (str|int|float|bool|list) = .+# .+', x) for x in lines), 'typed, with a default and a comment'
     assert not any('#| export' in source(c) for c in cells)
 
 
