@@ -229,9 +229,9 @@ def pixel_at(event: dict[str, Any],         # of ipyevents: where the mouse is i
     return row, column
 
 def png(picture: np.ndarray) -> bytes:  # (H, W, 3) uint8
-    "A picture as a file."
+    "A picture as a file; quick to write, a little larger than it could be."
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, 'png')
+    Image.fromarray(picture).save(buffer, 'png', compress_level=1)
     return buffer.getvalue()
 
 def marked(picture: np.ndarray,                     # (H, W, 3) uint8
@@ -473,7 +473,9 @@ class Panel:
         elif samples:
             self._open_sample(i, before and before.point)
             self._quietly(self.choice, value=i)
-        else: explorer.open(np.full((128, 192, 3), 128, np.uint8))
+        else:
+            self.sample = None
+            explorer.open(np.full((128, 192, 3), 128, np.uint8))
 
     def _ids(self): return [] if self.samples is None else list(self.samples.ids)
 
@@ -591,7 +593,8 @@ class Panel:
         self.heading.value = f'<b>prediction{", changed pixels outlined" if x.changed.any() else ""}</b>'
         scales, off = scale_names(x.predictor.model), x.off
         text = f'{len(off)} switched off, {x.changed.mean():.1%} of the pixels changed' if off else 'every prototype is on'
-        self.status.value = f'<div style="font-size:12px;line-height:1.5">prototypes of <b>{escape(names[cls])}</b>, per scale; {text}</div>'
+        what = 'prototypes' if x.predictor.model.prototypes.alive[:, cls].any() else 'no prototypes'
+        self.status.value = f'<div style="font-size:12px;line-height:1.5">{what} of <b>{escape(names[cls])}</b>, per scale; {text}</div>'
         listed = ', '.join(f'{names[c]} {scales[s]} p{k + 1}' for s, c, k in off)
         self.off.value = f'<div style="font-size:12px;line-height:1.5">{f"switched off: {escape(listed)}" if off else ""}</div>'
 

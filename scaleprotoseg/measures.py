@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 from .interpretability import used_prototypes
 from .metrics import average_weight, extra_parameters
 from .model import Model
-from .report import (Case, Run, compare, compared, find_published, finished_seeds, open_run, published_references,
-                                  whole)
+from .report import (Case, Run, compare, compared, find_published, finished_seeds, open_run, published_references)
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,8 +20,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .contents import (contents_markdown, contents_table, dataset_key, is_ablation, known_recipes, main_experiment,
-                                    main_table, paper_notebooks)
+from .contents import (PAPER_NOTEBOOKS, contents_markdown, contents_table, dataset_key, is_ablation, joined,
+                                    known_recipes, main_experiment, main_table, paper_notebooks)
 from .data import Dataset, Labels, Sample, lookup, open_dataset
 from .evaluation import segment
 from .explain import Atlas, read_atlas
@@ -635,13 +635,16 @@ def _section(folder: Path, name: str) -> str:
 _PAPERS = {'scaleprotoseg': 'ScaleProtoSeg', 'protoseg': 'ProtoSeg', 'prototype_view': 'A prototype view'}
 
 def _contents(folder: Path, experiment: str) -> str:
-    "Html: a line per paper with links to its sections."
+    "Html: a line per paper with links to its sections, and what the experiment does not have."
     lines = []
     for p, title in _papers(experiment).items():
         names = [n for q, n in paper_notebooks(experiment) if q == p]
         links = [f'<a href="#{p}-{n}">{escape(_short_title(folder / p / f"{n}.ipynb"))}</a>' for n in names]
         lines.append(f'<li><a href="#{p}"><b>{title}</b></a>: {" ".join(links)}</li>')
-    return f'<nav><ul>{"".join(lines)}<li><a href="#runs"><b>Runs and recipes</b></a></li></ul></nav>'
+    absent = [f'{_PAPERS[n.paper]}, {joined(n.items)}: {n.lacks(experiment)}' for n in PAPER_NOTEBOOKS if not n.suits(experiment)]
+    lines.append('<li><a href="#runs"><b>Runs and recipes</b></a></li>')
+    if absent: lines.append(f'<li class="missing">Not in this experiment: {escape("; ".join(absent))}</li>')
+    return f'<nav><ul>{"".join(lines)}</ul></nav>'
 
 def _short_title(notebook: Path) -> str:
     "'Figures 14 to 19' of 'ScaleProtoSeg, Figures 14 to 19'; the file's name if it has not been run."

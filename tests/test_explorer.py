@@ -216,6 +216,11 @@ def test_runs_with_prototypes_are_offered_the_given_one_first(stages):
     assert explorable_runs(stages['groups'].parent)['smoke/scaleprotoseg/seed0'] == stages['groups']
 
 
+def test_datasets_are_known_without_further_imports(stages):
+    code = f"from scaleprotoseg.explorer import validation_images; print(len(validation_images({str(stages['groups'])!r})))"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '4'
+
+
 def test_validation_images_are_those_of_the_recipe(stages, tmp_path):
     assert validation_images(stages['groups']).ids == validation_images(stages['linear']).ids
     (tmp_path / 'config.json').write_text(json.dumps(json.loads((stages['groups'] / 'config.json').read_text()) | {'recipe': 'mine/x'}))
@@ -237,12 +242,31 @@ def test_panel_click_switch_and_reset(panel):
     panel._click(event(panel, 5, 7))
     assert panel.explorer.point == (5, 7) == (panel.row.value, panel.column.value) and 'row 5, column 7' in panel.summary.value
     before = panel.classes.value, panel.scores.value
-    tick = panel._tiles[1][0][0]
+    tick, cls = panel._tiles[1][0][0], panel.shown_class
     tick.value = False
-    assert panel.explorer.off == [(1, panel.shown_class, 0)] or panel.explorer.off[0][::2] == (1, 0)
-    assert panel.scores.value != before[1] and 'switched off' in panel.status.value
+    assert panel.explorer.off == [(1, cls, 0)] and panel.scores.value != before[1]
+    assert '1 switched off' in panel.status.value and f'{panel.explorer.labels.names[cls]} s2 r12 p1' in panel.off.value
     panel.reset.click()
     assert not panel.explorer.off and (panel.classes.value, panel.scores.value) == before and tick.value
+
+
+def test_panel_keeps_the_explained_class_whatever_is_switched_off(panel):
+    panel._click(event(panel, *POINT))
+    cls, shown = panel.shown_class, [tick for tiles in panel._tiles for tick, _ in tiles if tick.layout.display != 'none']
+    for tick in shown: tick.value = False
+    for key in torch.nonzero(panel.explorer.predictor.model.prototypes.alive).tolist(): panel.explorer.switch(*key, on=False)
+    panel.render()
+    assert int(panel.explorer.scores(*POINT).argmax()) != cls == panel.shown_class
+    assert not any(tick.value for tick in shown) and f'(all on: {panel.explorer.labels.names[cls]})' in panel.summary.value
+    assert 'outlined' in panel.heading.value
+
+
+def test_panel_says_what_is_under_the_mouse(panel):
+    hint = panel.hover.value
+    panel._move(event(panel, 5, 7) | dict(type='mousemove'))
+    assert 'mouse: row 5, column 7, label: ' in panel.hover.value and panel.explorer.point != (5, 7)
+    panel._move(dict(type='mouseleave'))
+    assert panel.hover.value == hint
 
 
 def test_panel_sliders_move_the_point(panel):
@@ -258,6 +282,17 @@ def test_panel_shows_every_picture_there_is(panel):
     assert {'picture', 'label', 'group 1'} <= set(panel.show.options) and len(seen) >= 5
 
 
+def test_panel_compares_a_map_before_and_after_a_switch_on_one_scale(panel):
+    panel.show.value = 'group 1'
+    title = panel.title.value
+    assert f'{panel.explorer.labels.names[panel.shown_class]} group 1: ' in title and 'yellow' in title
+    group = next(e for e in panel.explorer.explain(panel.shown_class).own if e.name.endswith('group 1'))
+    part = group.parts[0]
+    panel._tiles[part.scale][part.k][0].value = False
+    high = lambda text: float(text.split('dark, ')[1].split()[0])
+    assert panel.show.value == 'group 1' and high(panel.title.value) >= high(title)
+
+
 def test_panel_explains_a_chosen_class(panel):
     panel.cls.value = 8
     assert "'pony'" in panel.evidence.value.replace('&#x27;', "'") and panel.shown_class == 8
@@ -265,14 +300,31 @@ def test_panel_explains_a_chosen_class(panel):
 
 def test_panel_goes_through_images_runs_and_files(panel, tmp_path):
     panel.choice.value = 1
+    panel._click(event(panel, 5, 7))
     first = panel.picture.value
     panel.run.value = 'smoke/protoseg/seed0'
     assert panel.explorer.kind == 'similarities' and not panel.message.value
+    assert panel.choice.value == 1 and panel.explorer.point == (5, 7) and panel.picture.value == first       # to compare the runs
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3)).astype(np.uint8)).save(tmp_path / 'mine.png')
     panel.file.value = str(tmp_path / 'mine.png')
-    assert panel.explorer.image.shape == (40, 50, 3) and panel.row.max == 39 and panel.picture.value != first
+    assert panel.explorer.image.shape == (40, 50, 3) and panel.row.max == 39 and 'label' not in panel.show.options
     panel.file.value = str(tmp_path / 'missing.png')
     assert 'missing.png' in panel.message.value and panel.explorer.image.shape == (40, 50, 3)
+    mine = panel.picture.value
+    panel.run.value = 'smoke/scaleprotoseg/seed0'
+    assert panel.picture.value == mine and panel.choice.value is None
+    panel.choice.value = 1                                            # the same as before the file
+    assert panel.picture.value == first and not panel.file.value and 'label' in panel.show.options
+
+
+def test_panel_shows_errors_that_nobody_expected(panel, monkeypatch):
+    def fail(*args): raise RuntimeError('out of <memory>')
+    monkeypatch.setattr(panel.explorer, 'move', fail)
+    with pytest.raises(RuntimeError): panel._click(event(panel, 5, 7))
+    assert 'RuntimeError: out of &lt;memory&gt;' in panel.message.value and 'alert' in panel.message.value
+    monkeypatch.undo()
+    panel._click(event(panel, 5, 7))
+    assert not panel.message.value and panel.explorer.point == (5, 7)
 
 
 def test_panel_survives_a_broken_run(panel, stages, monkeypatch):
@@ -287,9 +339,11 @@ def test_panel_without_the_dataset_asks_for_a_file(stages, monkeypatch):
     def missing(*args): raise FileNotFoundError('no folder data')
     monkeypatch.setattr(explorer, 'validation_images', missing)
     panel = Panel(stages['groups'])
-    assert 'path of a picture' in panel.message.value
+    assert 'path of a picture' in panel.message.value and 'label' not in panel.show.options
+    panel._click(event(panel, 5, 7))
+    assert 'path of a picture' in panel.message.value                 # still true
     panel = Panel(stages['groups'], image=DATA[0].image.mul(255).byte().permute(1, 2, 0).numpy())
-    assert panel.explorer.image.shape == (64, 96, 3)
+    assert panel.explorer.image.shape == (64, 96, 3) and not panel.message.value
 
 
 def test_import_needs_no_widgets():

@@ -15,10 +15,11 @@ from torch import nn
 from scaleprotoseg.data import Labels, Sample, palette
 from scaleprotoseg.evaluation import Evaluation
 from scaleprotoseg.explain import Atlas, scale_names
-from scaleprotoseg.failure_plots import Layer, Scene, outline, plot_case, plot_evidence, plot_members, scene
+from scaleprotoseg.failure_plots import Layer, Scene, outline, plot_before_after, plot_case, plot_evidence, plot_members, scene
 from scaleprotoseg.failures import (Blame, BlameCount, Case, Piece, blame, cell_sums, cell_weights, check_veto, count_blame,
-                                    describe, divided, enlarged_prediction, evidence_parts, find_failures, image_cases, log_mean,
-                                    most_blamed, preference, regions, right_pixels, sort_cases, stream_failures, wrong_pixels)
+                                    describe, divided, enlarged_prediction, evidence_parts, explain_failures, find_failures,
+                                    image_cases, log_mean, most_blamed, preference, regions, right_pixels, sort_cases,
+                                    stream_failures, worst_of_each, wrong_pixels)
 from scaleprotoseg.heads import GroupHead, LinearHead
 from scaleprotoseg.metrics import confusion
 from scaleprotoseg.model import Model
@@ -132,10 +133,9 @@ def missed(true=PONY, predicted=ZEBRA, wrong=1): return Case('a', 0, true, predi
 
 @pytest.mark.parametrize('case', [missed(), Case('a', 0, ZEBRA, PONY, 'false positive', .1, 9, 0, 1, 1)], ids=['missed', 'false'])
 def test_wrong_pixels_are_of_the_true_class_and_the_reference_is_right(case):
-    label, prediction = torch.tensor([[0, 0, 0, 1, -1, 2]]), torch.tensor([[1, 0, 2, 1, 1, 1]])
+    label, prediction = torch.tensor([[0, 0, 0, 1, -1, 2, 2, -1]]), torch.tensor([[1, 0, 2, 1, 1, 1, 0, 0]])
     wrong, right = regions(case, label, prediction)
-    assert wrong.tolist() == [[True, False, False, False, False, False]]
-    assert right.tolist() == [[False, True, False, False, False, False]]
+    assert wrong.tolist() == [[True] + [False] * 7] and right.tolist() == [[False, True] + [False] * 6]
 
 
 def enlarge(cells, size):
@@ -390,6 +390,14 @@ def test_the_prototype_that_fires_on_the_wrong_pixels_is_named(head, index):
         assert [m.weight for m in why.members] == pytest.approx([.7, .3])
 
 
+def test_a_member_that_is_as_active_elsewhere_stands_behind_the_one_that_is_not():
+    "Weight × log similarity on the wrong pixels is 2.45 and 2.76, elsewhere 0 and 2.76."
+    model, case, label, prediction, out = misled()
+    out.similarities[:, 1, ZEBRA, 0, :, 2:], out.similarities[:, 1, ZEBRA, 1] = 3.5, 9.2
+    first, second = blame(model, case, label, prediction, out).members
+    assert (first.k, second.k) == (0, 1) and first.part < second.part and first.excess > second.excess
+
+
 def test_without_a_right_pixel_the_reference_is_evidence_without_similarity():
     model, case, label, prediction, out = misled()
     label = label.clone()
@@ -574,6 +582,30 @@ def test_all_cases_of_a_split_come_sorted_and_know_their_image():
     assert found[0].wrong > found[1].wrong > 150
     assert [c.index for c in find_failures(watcher(), data, images=[1, 0], threshold=.95)] == [0]
     assert not find_failures(watcher(), data, threshold=.95, skip=[ZEBRA]) and not find_failures(watcher(), data, threshold=.1)
+
+
+@pytest.mark.parametrize('head', ['groups', 'linear'])
+def test_explained_failures_are_the_cases_with_their_blame_and_training_patch(head):
+    bright = BRIGHT.clone()
+    bright[3:5, 2:8] = .7
+    model, data = watcher(head), Pictures(picture(BRIGHT, GROUND), picture(bright, GROUND))
+    sources = [source(0, c, k, f'im{c}{k}') for c in (PONY, ZEBRA) for k in range(2)]
+    found = explain_failures(model, data, sources, threshold=.95)
+    assert [x.case for x in found] == find_failures(model, data, threshold=.95) and [x.case.index for x in found] == [1, 0]
+    images = [image for _, *image in stream_failures(model, data, want=('similarities',), threshold=.95)]
+    for x in found:
+        assert x.why == blame(model, x.case, *images[x.case.index])
+        assert x.source.image == f'im{x.why.driver.cls}{x.why.members[0].k}' and x.why.driver.cls == ZEBRA
+    assert [x.source for x in explain_failures(model, data, threshold=.95)] == [None, None]
+    assert len(explain_failures(model, data, images=[0], threshold=.95)) == 1
+
+
+def test_the_worst_case_of_each_confusion_is_kept():
+    def case(wrong, true, predicted): return Case('a', 0, true, predicted, 'missed', .1, 9, wrong, 0, wrong)
+    back = Case('a', 0, ZEBRA, PONY, 'false positive', .1, 9, 0, 8, 8)                      # ponies taken for zebras too
+    a, b, c = case(9, PONY, ZEBRA), case(7, ZEBRA, PONY), case(5, PONY, ROAD)
+    cases = [a, back, b, case(6, PONY, ZEBRA), c, case(1, ZEBRA, PONY)]
+    assert [worst_of_each(cases, n) for n in (0, 1, 2, 9)] == [[], [a], [a, b], [a, b, c]]
 
 
 def test_images_without_cases_are_streamed_too_and_void_is_no_error_of_anybody():
@@ -881,6 +913,36 @@ def test_on_paper_the_spot_and_the_outline_lie_at_their_pixels():
     white = place(np.argwhere(inside & (shot.min(-1) > 200) ))
     white = white[white[:, 0] < 40]                                                            # the outline, not the spot's core
     assert len(white) > 50 and np.allclose(white.min(0), [9.5, 23.5], atol=.6) and np.allclose(white.max(0), [19.5, 39.5], atol=.6)
+
+
+def test_before_and_after_show_both_predictions_and_count_what_is_right_now():
+    model, data, case = misread()
+    image, label = data.pairs[0]
+    label[30:, 60:] = -1
+    after = watcher(own=(.3, .69, .45))                                       # another border between the classes
+    case, = find_failures(model, data, threshold=.95)
+    fig, sentences = plot_before_after(model, after, data, [case, case], names=('old', 'new'))
+    assert len(fig.axes) == 8 and len(sentences) == 2
+    assert [t.get_text() for t in fig.texts[:2]] == ['pony / zebra'] * 2
+    with torch.no_grad(): first, second = (enlarged_prediction(m(image[None]), label.shape) for m in (model, after))
+    wrong = (label == PONY) & (first == ZEBRA)
+    still, right = int(((label == PONY) & (second == ZEBRA)).sum()), int((wrong & (second == PONY)).sum())
+    assert 0 < case.wrong == int(wrong.sum()) != still
+    assert sentences[0] == (f'Image n/0: {case.wrong} pixels of pony were taken for zebra, now {still}; of the outlined ones {right} are right.')
+    for ax, picture in zip(fig.axes[1:4], (label, first, second)):
+        shown = np.asarray(ax.images[0].get_array())
+        k = shown.shape[0] / 48
+        want = LABELS.colorize(torch.where(label < 0, -1, picture))
+        for y, x in [(5, 5), (32, 50), (40, 66), (44, 10)]:                   # away from every border
+            assert np.abs(shown[int(k * y), int(k * x)].astype(int) - want[y, x]).max() < 8
+
+
+def test_after_a_better_model_nothing_of_the_case_is_left():
+    model, data, case = misread()
+    better = watcher()
+    better.prototypes.alive[:, [ZEBRA, ROAD]] = False
+    assert plot_before_after(model, better, data, [case])[1] == [
+        f'Image n/0: {case.wrong} pixels of pony were taken for zebra, now 0; of the outlined ones {case.wrong} are right.']
 
 
 def lines(ax): return [c.get_paths()[0] for c in ax.collections]

@@ -81,7 +81,7 @@ def used_of(model):
     return alive & (model.head.weights > 0).any(1).transpose(0, 1)
 
 
-def outputs(model, data, how=Evaluation()):
+def outputs(model, data, how=Evaluation()):  # noqa: B008, frozen
     "Everything a loop needs: sample, output, label on the grid."
     return [(i, s, o, reduce_labels(s.label[None], o.distances.shape[-2:])[0])
             for i, s, o in stream(model, data, how, ('distances', 'similarities', 'groups'))]
@@ -334,7 +334,7 @@ def test_top_cells_are_those_of_a_loop():
     g = torch.Generator().manual_seed(0)
     values, segment = torch.randint(0, 9, (4, 200), generator=g).float(), torch.randint(0, 5, (200,), generator=g)
     marked = top_cells(values, segment, 0.1)
-    for row, marks in zip(values, marks):
+    for row, marks in zip(values, marked):
         for c in range(5):
             at = [i for i in range(200) if segment[i] == c]
             best = sorted(at, key=lambda i: (-row[i], i))[:math.ceil(len(at) / 10 - 1e-9)]
