@@ -41,5 +41,6 @@ clean-notebooks: install  ## what to run before a commit: clean, export
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 
-bench: install   ## speed of what is measured
+bench: install   ## speed and memory of what is measured
 	$(BIN)/python benchmarks/partscapes.py
+	$(BIN)/python benchmarks/interpretability.py

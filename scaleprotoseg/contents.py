@@ -77,7 +77,8 @@ class PaperNotebook:
 DATA_NAMES = {'em': 'EM', 'em, other split': 'EM', 'cocostuff': 'COCO-Stuff', 'pascal': 'Pascal VOC', 'cityscapes': 'Cityscapes',
               'ade20k': 'ADE20K', 'partscapes': 'PartScapes', 'camvid': 'CamVid'}
 
-PARTS = ('partscapes', 'pascal', 'cityscapes')   # datasets whose parts are labelled
+PARTS = {   # datasets whose parts are labelled, and how to open the validation images that show them
+    'partscapes': {}, 'pascal': {'split': 'val_parts', 'parts': True}, 'cityscapes': {'parts': True}}
 
 def _elsewhere(method: str, experiment: str, data: set[str]) -> str:
     "Another experiment on the same data that has a method or variant, the ablations of this one first."

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Dataset, Labels, palette
+from .datasets import CITYSCAPES_PARTS, PASCAL_PARTS
 from .heads import GroupHead
 from .model import Model, Output
 from .projection import Source, load_sheet
+from .scales import spread
 
 if TYPE_CHECKING:   # matplotlib is slow to import: every plot function does it for itself
     from matplotlib.axes import Axes
@@ -246,8 +248,7 @@ def overlap_score(counts: np.ndarray,  # of `overlap_map`
 # %% ../nbs/13_explain.ipynb #cell-42
 def class_pixels(data: Dataset, most: int = 64) -> tuple[list[int], Tensor]:  # images (N,), pixels (N, C) int64
     "Pixels of every class in at most `most` images, evenly spread over the dataset."
-    n = min(most, len(data))
-    images = [i * len(data) // n for i in range(n)]
+    images = spread(len(data), most)
     counts = [torch.bincount(data[i].label[data[i].label >= 0], minlength=len(data.labels)) for i in images]
     return images, torch.stack(counts)
 
@@ -270,8 +271,12 @@ def best_images(pixels: Tensor,              # (N, C)
     return pairs
 
 def objects_first(classes: Iterable[int], labels: Labels) -> list[int]:
-    "Classes with more annotated parts before others, else in the order given: things before their surroundings."
-    return sorted(classes, key=lambda c: -len(labels.parts[c]) if labels.parts else 0)
+    """Classes with more annotated parts before others, else in the order given: things before their surroundings.
+
+    Without part labels, the parts that other datasets know of a class of this name count."""
+    def parts(c): return labels.parts[c] if any(labels.parts) else known.get(labels.names[c].lower(), ())
+    known = PASCAL_PARTS | CITYSCAPES_PARTS
+    return sorted(classes, key=lambda c: -len(parts(c)))
 
 # %% ../nbs/13_explain.ipynb #cell-45
 def normalized(heat: Tensor | np.ndarray,                  # (h, w)

@@ -502,16 +502,15 @@ class Panel:
         import ipywidgets as W
         S, _, K = self.explorer.predictor.model.prototypes.alive.shape
         def tile(s, k):
-            tick = W.Checkbox(indent=False, layout=W.Layout(width='auto', margin='0'))
+            tick, text = W.Checkbox(indent=False, layout=W.Layout(width='auto', margin='0')), W.HTML()
             tick.add_class('explorer-switch')
             tick.observe(lambda c: self._do(lambda: self.explorer.switch(s, self.shown_class, k, c.new)), 'value')
-            return tick, W.HTML()
+            return W.VBox([tick, text], layout=W.Layout(width='172px', margin='0 4px 6px 0', overflow='visible')), tick, text
+        def row(name, tiles):
+            head = W.HTML(f'<b>{escape(name)}</b>', layout=W.Layout(flex='0 0 64px'))
+            return W.HBox([head, W.Box([t[0] for t in tiles], layout=W.Layout(flex_flow='row wrap', overflow='visible'))])
         self._tiles = [[tile(s, k) for k in range(K)] for s in range(S)]
-        def box(tick, text): return W.VBox([tick, text], layout=W.Layout(width='172px', margin='0 4px 6px 0', overflow='visible'))
-        head = W.Layout(width='64px')
-        self.groups.children = [W.HBox([W.HTML(f'<b>{escape(name)}</b>', layout=head),
-                                        W.Box([box(*t) for t in tiles], layout=W.Layout(flex_flow='row wrap', overflow='visible'))])
-                                for name, tiles in zip(scale_names(self.explorer.predictor.model), self._tiles)]
+        self.groups.children = [row(*r) for r in zip(scale_names(self.explorer.predictor.model), self._tiles)]
 
     def _quietly(self, widget, **values):
         "Change a widget without the action that follows when a person changes it."
@@ -551,9 +550,9 @@ class Panel:
     def _render_tiles(self, prototypes):
         found = {(p.scale, p.k): p for p in prototypes}
         for s, tiles in enumerate(self._tiles):
-            for k, (tick, text) in enumerate(tiles):
+            for k, (box, tick, text) in enumerate(tiles):
                 p = found.get((s, k))
-                tick.layout.display = text.layout.display = '' if p else 'none'
+                box.layout.display = '' if p else 'none'
                 if p: tick.description, tick.value, text.value = p.name, p.on, tile_html(p)
 
     def _heats(self, cls, prototypes, all_on=False):
@@ -588,8 +587,9 @@ class Panel:
         self.hover.value = self._hint()
         self.scores.value, self.evidence.value = score_table(x, cls), evidence_table(x, cls)
         here = np.unique(x.prediction() if self.show.value != 'label' else np.stack([x.prediction(), self.sample.label.numpy()]))
+        entries = [(x.labels.colors[c], names[c]) for c in here if c >= 0] + [((0, 0, 0), 'void')] * int(here[0] < 0)
         self.legend.value = '<div style="font-size:11px;line-height:1.5;max-width:%dpx">%s</div>' % (self.width, ' '.join(
-            f'<span style="white-space:nowrap;margin-right:.6em">{_swatch(x.labels.colors[c])} {escape(names[c])}</span>' for c in here if c >= 0))
+            f'<span style="white-space:nowrap;margin-right:.6em">{_swatch(color)} {escape(name)}</span>' for color, name in entries))
         self.heading.value = f'<b>prediction{", changed pixels outlined" if x.changed.any() else ""}</b>'
         scales, off = scale_names(x.predictor.model), x.off
         text = f'{len(off)} switched off, {x.changed.mean():.1%} of the pixels changed' if off else 'every prototype is on'

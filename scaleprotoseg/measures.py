@@ -30,12 +30,12 @@ class Metric:
     digits: int = 2
     points: float = 0.   # a difference that is not worth a word
     share: float = 0.    # the same, as a share of the published number
-    stated: bool = True  # does the paper say how it was measured?
+    known: bool = True   # do we know how it was measured?
 
 METRICS = {m.name: m for m in (
-    Metric('consistency', points=1.), Metric('stability', points=1.), Metric('sparsity', share=.05),
+    Metric('consistency', known=False), Metric('stability', known=False), Metric('sparsity', known=False),
     Metric('group_overlap', points=1.), Metric('average_weight', 3, share=.05), Metric('extra_parameters', 0, share=.05),
-    Metric('iterations_per_second', 1, stated=False))}
+    Metric('iterations_per_second', 1, known=False))}
 
 # %% ../nbs/15_measures.ipynb #cell-06
 def prototype_cases(experiment: str) -> list[Case]:
@@ -93,7 +93,7 @@ def _measured(found: pd.DataFrame, metric: Metric, theirs: Mapping, ref: Mapping
     least = max(metric.points, metric.share * abs(theirs.get('value', 0.)))
     row = ours | compare(ours, theirs, **ref, score='value', least=least)
     if not xs and len(found): return row | {'verdict': found.reason.iloc[0]}
-    return row if metric.stated else row | {'difference': None, 'verdict': row['verdict'] if not xs else 'protocol not published' if theirs else None}
+    return row if metric.known or not xs else row | {'difference': None, 'verdict': 'protocol not known in full' if theirs else None}
 
 def printed(table: pd.DataFrame) -> pd.DataFrame:
     "The numbers of `measured_table` as text, with the digits of their metric."

@@ -420,6 +420,7 @@ class Overlap:
     iou: Tensor       # (C, P, P) mean over images, P = S * K in the order scale, prototype; NaN without images
     images: Tensor    # (C,) how many were counted for a class
     largest: Tensor   # (C,) the image in which the class covers most; -1: nowhere
+    chance: Tensor    # (C,) IoU of marks at random places, mean over the same images; NaN without images
 
 def measure_overlap(model: Model, dataset: Dataset,
                     how: Evaluation = Evaluation(),     # noqa: B008, frozen
@@ -432,7 +433,7 @@ def measure_overlap(model: Model, dataset: Dataset,
     check_prototypes(model)
     S, C, K = model.prototypes.alive.shape
     total, count = torch.zeros(C, S * K, S * K, dtype=torch.float64), torch.zeros(C, dtype=torch.int64)
-    size, largest = torch.zeros(C, dtype=torch.int64), torch.full((C,), -1)
+    size, largest, chance = torch.zeros(C, dtype=torch.int64), torch.full((C,), -1), torch.zeros(C, dtype=torch.float64)
     images = None if images is None else sorted(set(images))
     for i, sample, out in stream(model, dataset, how, ('similarities',), images, progress):
         label = reduce_labels(sample.label[None], out.logits.shape[-2:]).to(out.logits.device)
@@ -444,7 +445,9 @@ def measure_overlap(model: Model, dataset: Dataset,
         values, segment = own_class(out.similarities, label)
         total += _overlaps(top_cells(values.flatten(0, 1), segment, share), segment, C).cpu()
         count += counted.cpu()
-    return Overlap(total / count[:, None, None], count, largest)
+        marks = (area.cpu() * share - 1e-9).ceil()                  # of n cells, as `top_cells` counts them
+        chance += torch.where(counted.cpu(), marks / (2 * area.cpu() - marks).clamp_min(1), 0.)
+    return Overlap(total / count[:, None, None], count, largest, chance / count)
 
 def _overlaps(marked: Tensor, segment: Tensor, classes: int) -> Tensor:  # (P, N), (N,) -> (C, P, P) float64
     "IoU of every two prototypes' marks in each class; 0 where a class has none."
@@ -461,7 +464,7 @@ def _overlaps(marked: Tensor, segment: Tensor, classes: int) -> Tensor:  # (P, N
 
 # %% ../nbs/13_neighbours.ipynb #cell-46
 def group_pairs(overlap: Overlap, model: Model, labels: Labels) -> pd.DataFrame:
-    """A row per pair of used prototypes of a class: class, scale_1, k_1, scale_2, k_2, together (bool), iou, images.
+    """A row per pair of used prototypes of a class: class, scale_1, k_1, scale_2, k_2, together (bool), iou, chance, images.
 
     Classes that were never counted are left out. ValueError for a model without groups."""
     import pandas as pd
@@ -472,17 +475,17 @@ def group_pairs(overlap: Overlap, model: Model, labels: Labels) -> pd.DataFrame:
     pairs = (used[:, :, None] & used[:, None] & (overlap.images > 0)[:, None, None]).triu(1)
     c, i, j = torch.nonzero(pairs, as_tuple=True)
     return pd.DataFrame({'class': [labels.names[x] for x in c], 'scale_1': i // K, 'k_1': i % K, 'scale_2': j // K, 'k_2': j % K,
-                         'together': together[c, i, j], 'iou': overlap.iou[c, i, j], 'images': overlap.images[c]})
+                         'together': together[c, i, j], 'iou': overlap.iou[c, i, j], 'chance': overlap.chance[c], 'images': overlap.images[c]})
 
 def group_agreement(pairs: pd.DataFrame) -> pd.DataFrame:
     """Mean IoU per class of pairs that are `together` and `apart`, and how many there are; NaN where there is none.
 
-    Columns class, together, apart, pairs_together, pairs_apart, images. The last row, `all`, is over the pairs of all
+    Columns class, together, apart, chance (marks at random), pairs_together, pairs_apart, images. The last row, `all`, is over the pairs of all
     classes; its `apart_same_scales` weighs the pairs that are apart like those that are together, by their two scales."""
     import pandas as pd
     def row(name, p):
         split = [p[p.together == t].iou for t in (True, False)]
-        return {'class': name, 'together': split[0].mean(), 'apart': split[1].mean(), 'pairs_together': len(split[0]),
+        return {'class': name, 'together': split[0].mean(), 'apart': split[1].mean(), 'chance': p.chance.mean(), 'pairs_together': len(split[0]),
                 'pairs_apart': len(split[1]), 'images': int(p.images.max()) if len(p) else 0}
     rows = [row(name, p) for name, p in pairs.groupby('class', sort=False)]
     means = pairs.groupby(['scale_1', 'scale_2', 'together']).iou.mean().unstack().reindex(columns=[True, False])
@@ -492,9 +495,8 @@ def group_agreement(pairs: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../nbs/13_neighbours.ipynb #cell-50
 def plot_group_agreement(table: pd.DataFrame,   # of `group_agreement`
-                         share: float = 0.05,   # of the cells that each prototype marked
                          ax: Axes | None = None) -> Axes:
-    "Per class the overlap of prototypes that share a group, and of those that do not; dotted: of random marks."
+    "Per class the overlap of prototypes that share a group, of those that do not, and of marks at random places."
     import matplotlib.pyplot as plt
     rows = table[table.together.notna() | table.apart.notna()]
     ax = ax or plt.subplots(figsize=(4.5, 0.9 + 0.24 * len(rows)), layout='constrained')[1]
@@ -503,13 +505,13 @@ def plot_group_agreement(table: pd.DataFrame,   # of `group_agreement`
     ax.hlines(ys, x.min(axis=1), x.max(axis=1), color='0.8', lw=2, zorder=1)
     ax.scatter(x.apart, ys, marker='o', s=28, facecolor='white', edgecolor='#0072b2', linewidth=1.4, label='no common group', zorder=2)
     ax.scatter(x.together, ys, marker='o', s=32, color='#d55e00', label='same group', zorder=3)
-    ax.axvline(100 * share / (2 - share), color='0.4', ls=':', lw=1, zorder=0)
+    ax.scatter(100 * rows.chance, ys, marker='|', s=60, color='0.4', linewidth=1.4, label='random marks', zorder=1)
     names = [f'{r["class"]}  ({r.pairs_together} + {r.pairs_apart} pairs)' for _, r in rows.iterrows()]
     ax.set(yticks=ys, yticklabels=names, ylim=(len(rows) - 0.2, -0.7), xlim=(0, None), xlabel='overlap of two prototypes (mean IoU, %)')
     ax.tick_params(labelsize=8, length=0)
     ax.xaxis.label.set_size(8)
     ax.spines[['top', 'right', 'left']].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, ncols=2, loc='lower left', bbox_to_anchor=(0, 1), borderaxespad=0.1, handletextpad=0.2)
+    ax.legend(frameon=False, fontsize=8, ncols=3, loc='lower left', bbox_to_anchor=(0, 1), borderaxespad=0.1, handletextpad=0.2, columnspacing=1)
     return ax
 
 # %% ../nbs/13_neighbours.ipynb #cell-53

@@ -403,12 +403,12 @@ class Run:
         "Provenance, for captions."
         return provenance_of(self)
 
-    def split(self, role: str,                   # train, push or val
-              data_root: str | Path | None = ''  # '' where the dataset's default will do
-             ) -> Dataset:
+    def split(self, role: str,                    # train, push or val
+              data_root: str | Path | None = '',  # '' where the dataset's default will do
+              **options) -> Dataset:              # of the dataset, instead of the recipe's
         "The split of the recipe's dataset that plays a role."
         import scaleprotoseg.training  # noqa: F401, makes every dataset known
-        return open_dataset(self.recipe.data.dataset, root=data_root or None, **self.recipe.data.splits[role])
+        return open_dataset(self.recipe.data.dataset, root=data_root or None, **{**self.recipe.data.splits[role], **options})
 
     def segment(self, sample: Sample) -> Tensor:  # (H, W) int64
         "Class map of a sample at its own size, under the recipe's protocol, on the CPU."

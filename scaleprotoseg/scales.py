@@ -226,7 +226,7 @@ class Equivariance:
         self.alive, self.quantile, self.pairs = alive.detach().cpu().clone(), quantile, shrink_factors(rates)
         self.factors = sorted({k for pair in self.pairs.values() for k in pair})
         self.both, self.any = torch.zeros(2, S, S, C, K, K, dtype=torch.int64)     # positions above both, above any
-        self.expected = torch.zeros(S, S, C, K, K, dtype=torch.float64)            # above both if maps were independent
+        self.shifted = torch.zeros(S, S, C, K, K, dtype=torch.int64)               # above both if one map is shifted
         self.images = torch.zeros(C, dtype=torch.int64)                            # with the class
         self.largest, self._most = torch.full((C,), -1), torch.zeros(C, dtype=torch.int64)   # image with most pixels of the class
 
@@ -253,7 +253,7 @@ class Equivariance:
         both, n = x @ y.T, on.sum(1)                                               # whole numbers below 2**24: exact
         self.both[pair] += both.long()
         self.any[pair] += (n[:len(x), None] + n[len(x):] - both).long()
-        self.expected[pair] += torch.outer(n[:len(x)], n[len(x):]).double() / x.shape[1]
+        self.shifted[pair] += (x @ y.roll(y.shape[1] // 2, 1).T).long()
 
     def _of_pairs(self, value: Tensor) -> Tensor:
         living = self.alive[:, None, :, :, None] & self.alive[None, :, :, None, :]
@@ -264,8 +264,8 @@ class Equivariance:
         return self._of_pairs(self.both / self.any.double())
 
     def chance(self) -> Tensor:  # as `similarity`
-        "IoU to be expected if the two maps of a pair were independent."
-        return self._of_pairs(self.expected / (self.both + self.any - self.expected))
+        "IoU of every pair with one map shifted by half of the class's positions: as smooth, but of another place."
+        return self._of_pairs(self.shifted / (self.both + self.any - self.shifted).double())
 
 # %% ../nbs/09_scales.ipynb #cell-42
 @torch.no_grad()
@@ -334,12 +334,12 @@ def equivariance_table(seen: Equivariance, thetas: Sequence[float]) -> list[dict
 # %% ../nbs/09_scales.ipynb #cell-53
 def plot_equivariance(rows: Sequence[Mapping],   # see `equivariance_table`
                       ax: Axes | None = None) -> Axes:
-    "Percent of classes with a quasi-equivariant group, over the threshold; dashed: what independent maps would give."
+    "Percent of classes with a quasi-equivariant group, over the threshold; dashed: the same with one map of each pair shifted."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.5, 2.6), layout='constrained')[1]
     thetas = [r['theta'] for r in rows]
     ax.step(thetas, [r['classes'] for r in rows], where='post', color='#0072b2', lw=1.8, label='prototypes')
-    ax.step(thetas, [r['by_chance'] for r in rows], where='post', color='0.45', lw=1.2, ls='--', label='independent maps')
+    ax.step(thetas, [r['by_chance'] for r in rows], where='post', color='0.45', lw=1.2, ls='--', label='one map shifted')
     ax.set_xlabel('threshold θ on the similarity of a pair', fontsize=8)
     ax.set_ylabel('classes with a group [%]', fontsize=8)
     ax.set(xlim=(0, 1), ylim=(-3, 103))
@@ -358,7 +358,7 @@ class Pair:
     ks: tuple[int, int]        # number within class and scale
     factors: tuple[int, int]   # by which the image is shrunk for each
     similarity: float          # IoU over all images, 0..1
-    chance: float              # IoU of independent maps
+    chance: float              # the same with one map shifted
     image: int                 # index of the image with most pixels of the class
 
 def strongest_pairs(seen: Equivariance, n: int = 3) -> list[Pair]:

@@ -242,7 +242,7 @@ def test_panel_click_switch_and_reset(panel):
     panel._click(event(panel, 5, 7))
     assert panel.explorer.point == (5, 7) == (panel.row.value, panel.column.value) and 'row 5, column 7' in panel.summary.value
     before = panel.classes.value, panel.scores.value
-    tick, cls = panel._tiles[1][0][0], panel.shown_class
+    tick, cls = panel._tiles[1][0][1], panel.shown_class
     tick.value = False
     assert panel.explorer.off == [(1, cls, 0)] and panel.scores.value != before[1]
     assert '1 switched off' in panel.status.value and f'{panel.explorer.labels.names[cls]} s2 r12 p1' in panel.off.value
@@ -252,7 +252,7 @@ def test_panel_click_switch_and_reset(panel):
 
 def test_panel_keeps_the_explained_class_whatever_is_switched_off(panel):
     panel._click(event(panel, *POINT))
-    cls, shown = panel.shown_class, [tick for tiles in panel._tiles for tick, _ in tiles if tick.layout.display != 'none']
+    cls, shown = panel.shown_class, [tick for tiles in panel._tiles for box, tick, _ in tiles if box.layout.display != 'none']
     for tick in shown: tick.value = False
     for key in torch.nonzero(panel.explorer.predictor.model.prototypes.alive).tolist(): panel.explorer.switch(*key, on=False)
     panel.render()
@@ -288,7 +288,7 @@ def test_panel_compares_a_map_before_and_after_a_switch_on_one_scale(panel):
     assert f'{panel.explorer.labels.names[panel.shown_class]} group 1: ' in title and 'yellow' in title
     group = next(e for e in panel.explorer.explain(panel.shown_class).own if e.name.endswith('group 1'))
     part = group.parts[0]
-    panel._tiles[part.scale][part.k][0].value = False
+    panel._tiles[part.scale][part.k][1].value = False
     high = lambda text: float(text.split('dark, ')[1].split()[0])
     assert panel.show.value == 'group 1' and high(panel.title.value) >= high(title)
 

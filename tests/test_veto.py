@@ -366,3 +366,21 @@ def test_without_failures_nothing_is_removed(begun, monkeypatch):
     assert (record['cases'], record['removed'], record['kept_as_last_of_class']) == (0, [], [])
     a, b = weights(folder(begun, 'veto', 'veto')), weights(folder(begun, stage='project'))
     assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_the_last_prototype_of_a_class_stays_and_the_record_says_so(begun, monkeypatch):
+    "All wrong pixels are the zebra's prototypes', the same number for each; more are to go than there are."
+    recipe = vetoed(MAIN, blamed=50, variant='veto50')
+    monkeypatch.setitem(RECIPES, recipe.name, recipe)
+    def zebras(model, *_):
+        wrong = torch.zeros(model.prototypes.alive.shape, dtype=torch.float64)
+        wrong[:, 9] = 1.
+        return BlameCount(wrong, wrong, 1, 8)
+    monkeypatch.setattr(training, 'count_blame', zebras)
+    for stage in ('warmup', 'joint', 'project', 'veto'): run_stage('smoke', 'scaleprotoseg', stage, 'veto50', out=begun, device='cpu')
+    before, after = (weights(folder(begun, *where))['prototypes.alive'] for where in (('', 'project'), ('veto50', 'veto')))
+    *gone, last = map(tuple, torch.nonzero(before[:, 9]).tolist())
+    assert torch.nonzero(after[:, 9]).tolist() == [list(last)] and torch.equal(after[:, :9], before[:, :9])
+    record = read(begun, 'veto50', 'veto', 'veto')
+    fact = lambda s, k: {'scale': s, 'cls': 9, 'k': k, 'name': 'zebra', 'wrong_pixels': 1., 'right_pixels': 1., 'share': .5}
+    assert record['removed'] == [fact(*x) for x in gone] and record['kept_as_last_of_class'] == [fact(*last)]

@@ -1,0 +1,82 @@
+"""Consistency, stability and group overlap per image: seconds and memory of the product and of the published structure.
+
+`python benchmarks/interpretability.py`. Each measurement is a process of its own, so that peaks of memory do not mix; the two
+forms of one size take turns. No network is run: random similarity maps and random parts of the papers' sizes."""
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+SIZES = {   # classes, prototypes per class and scale, classes in the image, map, image
+    'Cityscapes, 228 prototypes': (19, 3, 12, (129, 257), (1024, 2048)),
+    'Pascal, 252 prototypes': (21, 3, 4, (65, 65), (375, 500)),
+    'ADE20K, 1800 prototypes': (150, 3, 20, (65, 86), (512, 683))}
+WORK, REPEATS = ('parts', 'parts, loop', 'overlap'), 3
+
+
+def example(size):
+    "Two sets of maps (1, S, C, K, h, w), group maps, labels and parts, in squares."
+    import torch
+    C, K, present, grid, (H, W) = SIZES[size]
+    g = torch.Generator().manual_seed(0)
+    clean, noisy = torch.rand(2, 1, 4, C, K, *grid, generator=g)
+    def squares(n, side):
+        blocks = torch.randint(0, n, (H // side + 1, W // side + 1), generator=g)
+        return blocks.repeat_interleave(side, 0).repeat_interleave(side, 1)[:H, :W].contiguous()
+    return clean, noisy, torch.rand(1, C, 3, *grid, generator=g), squares(present, 64), squares(6, 24)
+
+
+def loop(clean, noisy, label, parts):
+    "The published structure: every map is enlarged and cut as a whole, prototype by prototype, quantile by quantile."
+    import numpy as np
+    import torch
+    import torch.nn.functional as F
+    from scaleprotoseg.interpretability import PartTest, key_points
+    points, size, hits = key_points(label, parts), tuple(label.shape), 0
+    for maps in (clean[0], noisy[0]):
+        for c in points[:, 0].unique().tolist():
+            inside, at = (label == c), points[points[:, 0] == c][:, 2:]
+            for m in maps[:, c].flatten(0, 1):
+                large = F.interpolate(m[None, None], size, mode='bilinear', align_corners=False)[0, 0] * inside
+                for q in PartTest().quantiles:
+                    hits += int((large > float(np.quantile(large[inside].numpy(), q)))[at[:, 0], at[:, 1]].sum())
+    return hits
+
+
+def measure(work, size):
+    "Seconds for one image, and by how many MB the peak of memory rises above what is there before."
+    import torch
+    from scaleprotoseg.interpretability import GroupOverlap, PartScores
+    torch.set_num_threads(1)
+    clean, noisy, groups, label, parts = example(size)
+    shape = tuple(clean.shape[1:4])
+    def run():
+        if work == 'parts': PartScores(shape, 6).update(clean, noisy, label, parts)
+        elif work == 'overlap': GroupOverlap(torch.ones(shape[1], 3, dtype=torch.bool)).update(groups, label)
+        else: loop(clean, noisy, label, parts)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    run()
+    return {'seconds': time.perf_counter() - start, 'mb': (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+
+
+def main():
+    "The table: medians, the ratio of the loop to the product, and the memory of all maps at image size."
+    print('| size | work | seconds | loop / product | MB above the maps | MB of all maps enlarged |\n| --- | --- | --- | --- | --- | --- |')
+    for size, (C, K, _, _, (H, W)) in SIZES.items():
+        found = {w: [] for w in WORK}
+        for _ in range(REPEATS):
+            for w in WORK:
+                out = subprocess.run([sys.executable, __file__, w, size], capture_output=True, text=True, check=True).stdout
+                found[w].append(json.loads(out))
+        middle = {w: {k: statistics.median(x[k] for x in xs) for k in xs[0]} for w, xs in found.items()}
+        for w, m in middle.items():
+            ratio = f'{middle["parts, loop"]["seconds"] / m["seconds"]:.1f}' if w == 'parts' else '—'
+            print(f'| {size} | {w} | {m["seconds"]:.2f} | {ratio} | {m["mb"]:.0f} | {4 * C * K * H * W * 4 / 2 ** 20:.0f} |', flush=True)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) == 3: print(json.dumps(measure(*sys.argv[1:])))
+    else: main()
