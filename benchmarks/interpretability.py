@@ -31,7 +31,6 @@ def example(size):
 def loop(clean, noisy, label, parts):
     "The published structure: every map is enlarged and cut as a whole, prototype by prototype, quantile by quantile."
     import numpy as np
-    import torch
     import torch.nn.functional as F
     from scaleprotoseg.interpretability import PartTest, key_points
     points, size, hits = key_points(label, parts), tuple(label.shape), 0

@@ -174,7 +174,7 @@ def plot_members(scene: Scene, width: float = 7.) -> Figure:
     if not scene.members: raise ValueError('a linear head has no groups to look into: its prototypes are the evidence')
     return _rows(scene, scene.members, 'log similarity', width, patches=True)
 
-# %% ../nbs/13_failure_plots.ipynb #85df41e1
+# %% ../nbs/13_failure_plots.ipynb #e6dc6e0c
 @torch.no_grad()
 def plot_before_after(before: Model, after: Model, dataset: Dataset, cases: Sequence[Case],
                       how: Evaluation = Evaluation(),  # noqa: B008, frozen

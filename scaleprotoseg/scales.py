@@ -90,8 +90,8 @@ class Components:
         portion = max(1, PIXELS // (H * W * len(self.quantiles)))
         for some in wanted.split(portion) if len(wanted) else ():
             s, c, k = some.T
-            maps = similarities[0, s, c, k].cpu()
-            large = F.interpolate(maps[None], (H, W), mode='bilinear', align_corners=False)[0]
+            maps = similarities[0, s, c, k].cpu().double()             # and rounded, so that equal values stay equal
+            large = F.interpolate(maps[None], (H, W), mode='bilinear', align_corners=False)[0].float()
             masks = binarize(large.flatten(1), self.quantiles).flatten(0, 1)                    # (Q n, H W)
             owner, area = component_areas(masks.unflatten(-1, (H, W)))
             count, area = (owner.bincount(w, len(masks)).view(-1, len(some)) for w in (None, area.double()))

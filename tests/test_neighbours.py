@@ -205,7 +205,7 @@ def frames(fig):
 
 def test_overlay_and_boxes_lie_on_the_blob(red):
     data = Blob()
-    rows = read_patches(find_patches(red, data), red, data, [(0, 0, 0)])
+    rows = read_patches(find_patches(red, data), red, data, [(0, 0, 0)], quantile=0.995)    # the blob is 1 % of the image
     (p,), = rows
     assert p.cell_box == (24, 32, 72, 80) and p.distance == 0 and p.label == 0
     fig = plot_nearest_patches(rows, [(0, 0, 0)], data.labels, ['s1'], torch.ones(1, 2, 1, dtype=torch.bool))
@@ -394,11 +394,12 @@ def test_pairs_are_together_if_a_group_has_both():
 
 def test_pairs_apart_are_weighted_by_the_scales_of_those_together():
     import pandas as pd
-    columns = ['class', 'scale_1', 'k_1', 'scale_2', 'k_2', 'together', 'iou', 'images']
-    rows = [('a', 0, 0, 0, 1, True, .5, 2), ('a', 0, 0, 0, 2, True, .7, 2), ('a', 0, 0, 1, 1, True, .3, 2),
-            ('b', 0, 1, 0, 2, False, .4, 1), ('b', 0, 0, 1, 2, False, .1, 1), ('b', 1, 0, 1, 2, False, .9, 1)]
+    columns = ['class', 'scale_1', 'k_1', 'scale_2', 'k_2', 'together', 'iou', 'chance', 'images']
+    rows = [('a', 0, 0, 0, 1, True, .5, .1, 2), ('a', 0, 0, 0, 2, True, .7, .1, 2), ('a', 0, 0, 1, 1, True, .3, .1, 2),
+            ('b', 0, 1, 0, 2, False, .4, .2, 1), ('b', 0, 0, 1, 2, False, .1, .2, 1), ('b', 1, 0, 1, 2, False, .9, .2, 1)]
     table = group_agreement(pd.DataFrame(rows, columns=columns)).set_index('class')
     assert table.loc['all', 'together'] == pytest.approx(.5) and table.loc['all', 'apart'] == pytest.approx(1.4 / 3)
+    assert table.loc['a', 'chance'] == pytest.approx(.1) and table.loc['all', 'chance'] == pytest.approx(.15)
     assert table.loc['all', 'apart_same_scales'] == pytest.approx((2 * .4 + .1) / 3)            # scale 1 with itself is never together
     assert table.loc['a', 'pairs_together'] == 3 and math.isnan(table.loc['a', 'apart'])
     plot_group_agreement(table.reset_index())

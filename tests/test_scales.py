@@ -145,7 +145,7 @@ def test_the_accumulator_equals_loops_over_prototypes_and_images():
             images[c] += 1
             for s, k in np.ndindex(S, K):
                 if not alive[s, c, k]: continue
-                large = F.interpolate(maps[:, s, c, k][:, None], (10, 13), mode='bilinear')[0, 0].numpy()
+                large = F.interpolate(maps[:, s, c, k][:, None].double(), (10, 13), mode='bilinear')[0, 0].float().numpy()
                 for j, q in enumerate(qs):
                     areas = regions_by_loops(large >= np.quantile(large, q, method='higher'))
                     expected[j, s, c, k] += len(areas), sum(areas), sum(areas) / 130
@@ -297,7 +297,7 @@ def test_the_chance_level_of_the_best_pair_is_what_unrelated_smooth_maps_reach()
             seen.update(image, {1: smooth}, torch.zeros(1, 16, 24, dtype=torch.int64), torch.tensor([0]))
         found.append(best_pair(seen.similarity()).item())
         chance.append(best_pair(seen.chance()).item())
-    assert min(np.mean(found), np.mean(chance)) > 0.15 and abs(np.mean(found) - np.mean(chance)) < 0.06
+    assert min(np.mean(found), np.mean(chance)) > 1.5 * 0.1 / 1.9 and abs(np.mean(found) - np.mean(chance)) < 0.02
 
 
 def test_dead_prototypes_and_absent_classes_have_no_similarity():
@@ -416,7 +416,7 @@ def test_figures_have_a_panel_per_percentile_and_pair():
     assert plot_equivariance(equivariance_table(pairs, [0., 0.5])).get_ylim()[1] > 100
     grey, mask = np.zeros((8, 8, 3), np.uint8), np.eye(8) > 0
     fig = plot_pairs([(p, [grey] * 3, mask, [mask, mask]) for p in strongest_pairs(pairs)], ['tree'], ['s1', 's2'])
-    assert [ax.get_title() for ax in fig.axes] == ['tree: IoU 1.00 (chance 0.05)', 's1 p1 on X/2', 's2 p2 on X']
+    assert [ax.get_title() for ax in fig.axes] == ['tree: IoU 1.00 (chance 0.03)', 's1 p1 on X/2', 's2 p2 on X']
     plt.close('all')
 
 
