@@ -127,7 +127,7 @@ def _rows(scene: Scene, rows: Sequence[tuple[str, list[Layer]]], unit: str, widt
     H, W = scene.label.shape
     n = max([len(layers) for _, layers in rows] or [1])
     top = max([float(layer.heat.max()) for _, layers in rows for layer in layers] or [1.]) or 1.
-    bar, margin, gap = 0.55, 0.25, 0.05                                            # inches
+    bar, margin, gap = 0.55, 0.25 + 0.12 * any(' group' in name for name, _ in rows), 0.05                                            # inches
     cell = min(2.6, (width - bar - margin) / n)
     tile = 0.28 * cell if patches else 0.                                          # side of a patch
     heat_w = cell - gap - (tile + 0.03 if patches else 0)
@@ -142,7 +142,7 @@ def _rows(scene: Scene, rows: Sequence[tuple[str, list[Layer]]], unit: str, widt
     grey = scene.image.mean(-1) / 255
     for i, (name, layers) in enumerate(rows):
         y = i * row + 0.22
-        fig.text(0.09 / fig.get_figwidth(), 1 - (y + heat_h / 2) / total, name, rotation=90, ha='center', va='center', fontsize=8)
+        fig.text(margin / 2 / fig.get_figwidth(), 1 - (y + heat_h / 2) / total, name.replace(' group', '\ngroup'), rotation=90, ha='center', va='center', fontsize=8)
         for j, layer in enumerate(layers):
             x = margin + j * cell
             ax = axes(x, y, heat_w, heat_h)
@@ -174,7 +174,7 @@ def plot_members(scene: Scene, width: float = 7.) -> Figure:
     if not scene.members: raise ValueError('a linear head has no groups to look into: its prototypes are the evidence')
     return _rows(scene, scene.members, 'log similarity', width, patches=True)
 
-# %% ../nbs/13_failure_plots.ipynb #e6dc6e0c
+# %% ../nbs/13_failure_plots.ipynb #6d87461c
 @torch.no_grad()
 def plot_before_after(before: Model, after: Model, dataset: Dataset, cases: Sequence[Case],
                       how: Evaluation = Evaluation(),  # noqa: B008, frozen

@@ -239,7 +239,7 @@ def describe(case: Case, why: Blame, labels: Labels,
     return what + drove + (f' In it {scales[m.scale]} p{m.k + 1} (weight {m.weight:.2f}) holds {m.share:.0%} of the activation: {origin}.'
                            if why.grouped else f' It is {origin}.')
 
-# %% ../nbs/11_failures.ipynb #83427f9f
+# %% ../nbs/11_failures.ipynb #145918fa
 @dataclass
 class Explained:
     "A failure case, what drove it, and the training patch behind the first prototype of the driver."

@@ -17,7 +17,7 @@ from scaleprotoseg.data import Labels, Sample, palette
 from scaleprotoseg.evaluation import Evaluation
 from scaleprotoseg.explain import Atlas, scale_names
 from scaleprotoseg.failure_plots import Layer, Scene, outline, plot_before_after, plot_case, plot_evidence, plot_members, scene
-from scaleprotoseg.failures import (Blame, BlameCount, Case, Piece, blame, cell_sums, cell_weights, check_veto, count_blame,
+from scaleprotoseg.failures import (Blame, BlameCount, Case, blame, cell_sums, cell_weights, check_veto, count_blame,
                                     describe, divided, enlarged_prediction, evidence_parts, explain_failures, find_failures,
                                     image_cases, log_mean, most_blamed, preference, regions, right_pixels, sort_cases,
                                     stream_failures, worst_of_each, wrong_pixels)
