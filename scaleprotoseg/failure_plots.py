@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import cv2
@@ -17,6 +17,7 @@ from .data import Dataset, Labels
 from .evaluation import Evaluation, stream
 from .explain import (Atlas, Panel, as_picture, evidence_kind, evidence_names, outlined, plot_panels, scale_names)
 from .failures import Blame, Case, blame, cell_weights, describe, enlarged_prediction, evidence_parts
+from .metrics import class_iou, confusion
 from .model import Model
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ def scene(model: Model, dataset: Dataset, case: Case, atlas: Atlas, how: Evaluat
     wrong = (label == case.true) & (prediction == case.predicted)
     if not wrong.any(): raise ValueError(f'image {case.image}: no pixel of {dataset.labels.names[case.true]} is taken for '
                                          f'{dataset.labels.names[case.predicted]} by this model')
+    counts = confusion(prediction, label, len(dataset.labels)).cpu()                 # with this model
+    right = int(counts[case.cls, case.cls])
+    case = replace(case, iou=float(class_iou(counts)[case.cls]), missed=int(counts[case.cls].sum()) - right,
+                   false=int(counts[:, case.cls].sum()) - right, wrong=int(wrong.sum()))
     why, similarities = blame(model, case, label, prediction, out), out.similarities[0].cpu().numpy()   # (S, C, K, h, w)
     base, parts = evidence_parts(model, out.similarities, cell_weights(wrong, out.logits.shape[-2:]))
     own = ((base + parts.sum((-2, -1))) * model.head.last.detach().flatten(2).diagonal().T.double()).cpu()      # (C, E)
@@ -166,8 +171,7 @@ def _rows(scene: Scene, rows: Sequence[tuple[str, list[Layer]]], unit: str, widt
 def plot_evidence(scene: Scene, width: float = 7.) -> Figure:
     "The evidence of the true class above, of the predicted one below; titles say what each adds to its class's logit there."
     rows = [(scene.labels.names[c], layers) for c, layers in scene.evidence.items()]
-    grouped = bool(scene.members)
-    return _rows(scene, rows, 'log activation' if grouped else 'log similarity', width, patches=not grouped)
+    return _rows(scene, rows, 'log activation' if scene.why.grouped else 'log similarity', width, patches=not scene.why.grouped)
 
 def plot_members(scene: Scene, width: float = 7.) -> Figure:
     "The prototypes of the true class's strongest group and of the driving group, with weights and training patches."

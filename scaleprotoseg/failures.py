@@ -166,6 +166,7 @@ class Blame:
     driver: Piece | None     # evidence for the predicted class with the largest excess > 0; None: the true class lacks its own
     members: list[Member]    # of the driver, largest excess first
     grouped: bool            # is the evidence groups, or are the prototypes it themselves?
+    per_scale: int           # K, to read the index of a piece that is a prototype
 
 # %% ../nbs/11_failures.ipynb #cell-20
 def regions(case: Case, label: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:  # each (H, W) bool
@@ -199,7 +200,7 @@ def blame(model: Model, case: Case, label: Tensor, prediction: Tensor,
     pieces.sort(key=lambda p: -p.excess)
     driver = next((p for p in pieces if p.weight > 0 and p.excess > 0), None)
     members = _members(model, driver, parts, usual) if driver else []
-    return Blame(float((activation * w).sum()), int(right.sum()), pieces, driver, members, isinstance(model.head, GroupHead))
+    return Blame(float((activation * w).sum()), int(right.sum()), pieces, driver, members, isinstance(model.head, GroupHead), parts.shape[-1])
 
 def _members(model, piece, parts, usual):
     c, e = piece.cls, piece.index
@@ -223,10 +224,10 @@ def describe(case: Case, why: Blame, labels: Labels,
     against = (f'on the {why.reference} pixels of {name[case.true]} that are right' if why.reference else
                f'without similarity (no pixel of {name[case.true]} is right)')
     def who(p):
-        scale, k = divmod(p.index, per_scale)
+        scale, k = divmod(p.index, why.per_scale)
         return f'{name[p.cls]} group {p.index + 1}' if why.grouped else f'{name[p.cls]} {scales[scale]} p{k + 1}'
-    def numbers(p): return f'activation {p.activation:.3g}, {p.usual:.3g} {against}; {p.excess:+.3g} to a margin of {why.margin:.3g}.'.replace('-', '−')
-    per_scale = -(-(1 + max((p.index for p in why.pieces), default=0)) // len(scales))       # K, where the evidence is prototypes
+    def number(x, how='.3g'): return f'{x:{how}}'.replace('-', '−')
+    def numbers(p): return f'activation {number(p.activation)}, {number(p.usual)} {against}; {number(p.excess, "+.3g")} to a margin of {number(why.margin)}.'
     if not why.driver:
         lacking = why.pieces[0] if why.pieces and why.pieces[0].excess > 0 else None
         return what + f' Nothing speaks more than usual for {name[case.predicted]} rather than {name[case.true]}.' + (
@@ -320,7 +321,8 @@ def count_blame(model: Model, dataset: Dataset, how: Evaluation = Evaluation(), 
     for cases, *image in stream_failures(model, dataset, how, ('similarities',), None, progress, **rule):
         check_stop('while looking for failures')
         total.right += right_pixels(model, *image).cpu()
-        for case in cases: total.wrong += wrong_pixels(model, case, *image).cpu()
+        for case in {(c.true, c.predicted): c for c in cases}.values():      # both classes may have failed: the same pixels
+            total.wrong += wrong_pixels(model, case, *image).cpu()
         total.cases += len(cases)
     return total
 

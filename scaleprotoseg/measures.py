@@ -93,7 +93,7 @@ def _measured(found: pd.DataFrame, metric: Metric, theirs: Mapping, ref: Mapping
     least = max(metric.points, metric.share * abs(theirs.get('value', 0.)))
     row = ours | compare(ours, theirs, **ref, score='value', least=least)
     if not xs and len(found): return row | {'verdict': found.reason.iloc[0]}
-    return row if metric.known or not xs else row | {'difference': None, 'verdict': 'protocol not known in full' if theirs else None}
+    return row if metric.known or not xs else row | {'difference': None, 'verdict': 'protocol not known in full' if theirs and ref['same_data'] else None}
 
 def printed(table: pd.DataFrame) -> pd.DataFrame:
     "The numbers of `measured_table` as text, with the digits of their metric."

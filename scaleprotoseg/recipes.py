@@ -66,7 +66,7 @@ class Stage:
 
     def __post_init__(self):
         lookup(dict.fromkeys(('train', 'project', 'prune', 'veto', 'threshold')), self.kind, 'kind of stage')
-        if (self.kind == 'veto') != (bool(self.veto) + (self.blamed > 0) == 1):
+        if bool(self.veto) + (self.blamed != 0) != (self.kind == 'veto') or self.blamed < 0:
             raise ValueError(f'stage {self.name!r}: a veto, and nothing else, names prototypes or how many are blamed; '
                              f'got veto={self.veto}, blamed={self.blamed}')
         for name in self.legacy: lookup(dict.fromkeys(('touched', 'absent')), name, 'legacy rule of projection')

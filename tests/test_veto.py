@@ -105,7 +105,6 @@ def test_a_stage_names_prototypes_or_a_number_if_it_is_a_veto_and_only_then(fact
         Stage('x', **facts)
 
 
-@pytest.mark.xfail(strict=True, reason='a stage of another kind with both passes, and so does a list with a negative number')
 @pytest.mark.parametrize('facts', [dict(kind='project', veto=((0, 0, 0),), blamed=2), dict(kind='veto', veto=((0, 0, 0),), blamed=-1),
                                    dict(kind='project', blamed=-1)], ids=str)
 def test_two_mistakes_in_a_stage_are_an_error_too(facts):
