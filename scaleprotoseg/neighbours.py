@@ -161,13 +161,18 @@ CELL_COLOUR, BOX_COLOUR = '#ffffff', '#56b4e9'            # of a cell, and of a 
 RANK_COLOURS = ('#d55e00', '#56b4e9', '#f0e442')          # of the nearest prototypes: safe for the colour-blind
 
 def _box(ax, box, place, size, color, width=1.2, grow=0., cut=False):
-    "A box y0, y1, x0, x1 of an image of `size`, drawn in the frame `place` (x, y, width, height); larger by `grow` inches; cut at the frame or not."
+    """A box y0, y1, x0, x1 of an image of `size`, drawn in the frame `place` (x, y, width, height), larger by `grow` inches.
+
+    At the frame it is cut, or else kept inside, with room for boxes that grow more."""
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import Normal, Stroke
     (y0, y1, x0, x1), (x, y, w, h), (H, W) = box, place, size
     rim = [Stroke(linewidth=width + 1.2, foreground='black'), Normal()]
-    patch = ax.add_patch(Rectangle((x + x0 * w / W - grow, y + y0 * h / H - grow), (x1 - x0) * w / W + 2 * grow,
-                                   (y1 - y0) * h / H + 2 * grow, fc='none', ec=color, lw=width, path_effects=rim, zorder=4, joinstyle='miter'))
+    left, right, top, bottom = x + x0 * w / W - grow, x + x1 * w / W + grow, y + y0 * h / H - grow, y + y1 * h / H + grow
+    if grow and not cut:
+        inset = 0.09 - grow
+        left, right, top, bottom = max(left, x + inset), min(right, x + w - inset), max(top, y + inset), min(bottom, y + h - inset)
+    patch = ax.add_patch(Rectangle((left, top), right - left, bottom - top, fc='none', ec=color, lw=width, path_effects=rim, zorder=4, joinstyle='miter'))
     if cut: patch.set_clip_path(Rectangle((x, y), w, h, transform=ax.transData))
 
 def _picture(ax, pixels, place, frame=None, width=2., style='-'):
