@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['COLUMNS', 'PUBLISHED_DATA', 'STEPS', 'METHOD_NAMES', 'collect', 'finished_stage', 'finished_seeds', 'published',
            'recipe_table', 'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published',
-           'compared', 'published_references', 'accuracy_table', 'steps_table', 'Case', 'size_cases', 'threshold_cases',
-           'entropy_cases', 'ablation_table', 'shown', 'save_table', 'save_figure', 'provenance_text', 'duration',
-           'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison',
-           'notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook', 'without_machine_paths',
-           'smaller_pictures', 'read_title', 'write_contents', 'build_report']
+           'compared', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case', 'size_cases',
+           'diversity_cases', 'threshold_cases', 'entropy_cases', 'ablation_table', 'shown', 'save_table',
+           'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of',
+           'busiest_classes', 'plot_comparison', 'notebook_parameters', 'check_parameters', 'NotebookFailed',
+           'run_notebook', 'without_machine_paths', 'smaller_pictures', 'read_title', 'write_contents', 'build_report']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -241,6 +241,13 @@ def steps_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -
     return pd.DataFrame(rows, dtype=object)
 
 # %% ../nbs/15_report.ipynb #cell-34
+def plain_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
+                cases: Iterable[Case]) -> pd.DataFrame:
+    "mIoU, used prototypes and runs of each case, where the papers that we have print no number."
+    import pandas as pd
+    return pd.DataFrame([{'method': c.recipe.method, 'variant': c.recipe.variant, 'stage': c.stage, 'setting': c.setting,
+                          **{k: v for k, v in summarise(frame, c.recipe, c.stage).items() if k != 'group_average'}} for c in cases], dtype=object)
+
 @dataclass(frozen=True)
 class Case:
     "A row of a table of ablations: a stage of a recipe, and what it stands for in the words of the published table."
@@ -260,6 +267,12 @@ def size_cases(experiment: str) -> list[Case]:
     others = [r for r in known_recipes(experiment) if r.variant and r.method == 'protoseg' and setting(r) != setting(main)]
     unit = 64 / main.model['channels']        # twice the main recipe's channels stand for twice the paper's 64
     return [Case(r, r.last.name, setting(r), setting(r, unit)) for r in (main, *others)]
+
+def diversity_cases(experiment: str) -> list[Case]:
+    "Every method that has the variant `no_diversity`, with the diversity loss and without it."
+    without = [r for r in known_recipes(experiment) if r.variant == 'no_diversity']
+    return [Case(x, x.last.name, f'diversity = {x.stage("joint").train.diversity:g}')
+            for r in without for x in (_main(experiment, r.method), r)]
 
 def threshold_cases(experiment: str) -> list[Case]:
     "The thresholds of the variant `tau`, the smallest first (ScaleProtoSeg, Table 7)."
