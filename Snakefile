@@ -41,6 +41,11 @@ rule all:
         f"figures/{EXPERIMENT}/report.html",
 
 
+rule trained:
+    input:
+        MARKERS,
+
+
 rule train:
     input:
         start,

@@ -222,7 +222,7 @@ def report(experiment: str, runs: Out = Path('runs'), figures: Annotated[Path, t
 # %% ../nbs/16_cli.ipynb #cell-23
 @app.command()
 def reproduce(experiment: str = 'demo', cores: int = 0, data_root: DataRoot = None, device: Device = 'auto', precision: Precision = '32-true',
-              until: Annotated[str, typer.Option(help='Stop after this rule, e.g. train.')] = ''):
+              target: Annotated[str, typer.Option(help='Rule to run up to: all, or trained (only the training jobs).')] = 'all'):
     "Train all methods of an experiment, run its notebooks and write its report; safe to interrupt and call again."
     from scaleprotoseg.runs import locked
     if not find_spec('snakemake'): raise ModuleNotFoundError(name='snakemake')
@@ -230,7 +230,7 @@ def reproduce(experiment: str = 'demo', cores: int = 0, data_root: DataRoot = No
     recipes.lookup({e: e for e in recipes.experiments()}, experiment, 'experiment')
     config = [f'experiment={experiment}', f'device={device}', f'precision={precision}', f'data_root={data_root or ""}']
     base = [sys.executable, '-m', 'snakemake', '--cores', str(cores or 'all'), '--config', *config]
-    go = ['--rerun-incomplete', '--rerun-triggers', 'mtime', '--nolock', '--printshellcmds'] + (['--until', until] if until else [])
+    go = ['--rerun-incomplete', '--rerun-triggers', 'mtime', '--nolock', '--printshellcmds', target]
     with locked(Path('runs')) as lock:
         os.environ['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'   # jobs run this installation
         os.set_inheritable(lock.fileno(), True)      # Snakemake takes this process over, and the lock with it

@@ -89,13 +89,13 @@ def test_notebooks_that_are_for_other_data_run_on_the_smoke_size_too(whole, note
 def test_killed_parent_then_the_same_command_ends_with_the_same_numbers(whole, tmp_path):
     folder = checkout(tmp_path)
     with (tmp_path / 'first.log').open('w') as log:
-        first = subprocess.Popen([*COMMAND, '--until', 'train'], cwd=folder, env=environment(), stdout=log, stderr=log)
+        first = subprocess.Popen([*COMMAND, '--target', 'trained'], cwd=folder, env=environment(), stdout=log, stderr=log)
         deadline = time.time() + 120
         while not list(folder.glob('runs/smoke/*/seed0/warmup/recipe.json')):
             assert first.poll() is None and time.time() < deadline, (tmp_path / 'first.log').read_text()[-3000:]
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)       # only the parent: the training job goes on writing
         first.wait()
-    again = subprocess.run([*COMMAND, '--until', 'train'], cwd=folder, env=environment(), capture_output=True, text=True)
+    again = subprocess.run([*COMMAND, '--target', 'trained'], cwd=folder, env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-6000:]
     assert scores(folder) == scores(whole)
