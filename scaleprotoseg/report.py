@@ -105,7 +105,7 @@ def published(name: str,                              # e.g. scaleprotoseg_table
     if not folder.is_dir():
         raise FileNotFoundError(f'{folder} does not exist (expected the published tables as csv files); run this in '
                                 'a checkout of the repository')
-    path = lookup({p.stem: p for p in folder.glob('*.csv') if p.stem != 'recipes'}, name, 'published table')
+    path = lookup({p.stem: p for p in folder.glob('*.csv') if p.stem not in ('recipes', 'contents')}, name, 'published table')
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
     return table.assign(**{c: pd.to_numeric(table[c]) for c in ('value', 'std')})
 
