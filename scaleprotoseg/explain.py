@@ -21,6 +21,7 @@ from torch import Tensor
 from .data import Dataset, Labels, palette
 from .datasets import CITYSCAPES_PARTS, PASCAL_PARTS
 from .heads import GroupHead
+from .interpretability import strongest_area
 from .model import Model, Output
 from .projection import Source, load_sheet
 from .scales import spread
@@ -235,7 +236,7 @@ def overlap_map(maps: np.ndarray,        # (G, H, W)
                 quantile: float = 0.95,  # of each map's own values
                ) -> np.ndarray:          # (H, W) int, 0..G
     "How many maps are above their quantile (spec 8.6: over the whole image, strictly above)."
-    return sum((m > np.quantile(m, quantile)).astype(int) for m in maps)
+    return strongest_area(torch.from_numpy(maps), maps.shape[1:], quantile).sum(0).numpy()
 
 def overlap_score(counts: np.ndarray,  # of `overlap_map`
                   n: int               # maps that were counted

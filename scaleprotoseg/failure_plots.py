@@ -19,13 +19,13 @@ from .explain import (Atlas, Panel, as_picture, evidence_kind, evidence_names, o
 from .failures import Blame, Case, blame, cell_weights, describe, enlarged_prediction, evidence_parts
 from .metrics import class_iou, confusion
 from .model import Model
+from .scales import outline
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Layer', 'Scene', 'scene', 'outline', 'plot_case', 'plot_evidence', 'plot_members', 'plot_before_after']
+__all__ = ['Layer', 'Scene', 'scene', 'plot_case', 'plot_evidence', 'plot_members', 'plot_before_after']
 
 # %% ../nbs/13_failure_plots.ipynb #cell-05
 @dataclass
@@ -67,7 +67,7 @@ def scene(model: Model, dataset: Dataset, case: Case, atlas: Atlas, how: Evaluat
                    false=int(counts[:, case.cls].sum()) - right, wrong=int(wrong.sum()))
     why, similarities = blame(model, case, label, prediction, out), out.similarities[0].cpu().numpy()   # (S, C, K, h, w)
     base, parts = evidence_parts(model, out.similarities, cell_weights(wrong, out.logits.shape[-2:]))
-    own = ((base + parts.sum((-2, -1))) * model.head.last.detach().flatten(2).diagonal().T.double()).cpu()      # (C, E)
+    own = (base + parts.sum((-2, -1))) * model.head.last.detach().cpu().flatten(2).diagonal().T.double()      # (C, E)
     alive, grouped = model.head.evidence(model.prototypes.alive).flatten(1).cpu(), evidence_kind(model) == 'groups'
     maps = (out.groups[0].clamp_min(1).log() if grouped else out.similarities[0].transpose(0, 1).flatten(1, 2)).cpu().numpy()   # (C, E, h, w)
     names, scales = evidence_names(model), scale_names(model)
@@ -89,15 +89,6 @@ def scene(model: Model, dataset: Dataset, case: Case, atlas: Atlas, how: Evaluat
 def _signed(x: float) -> str: return f'{float(x):+.3g}'.replace('-', '−')
 
 # %% ../nbs/13_failure_plots.ipynb #cell-08
-def outline(ax: Axes, region: np.ndarray, color: str = 'white'):
-    "Draw the border of a region (H, W) bool, light on dark."
-    if region.all() or not region.any(): return
-    padded = np.pad(region, 1)                           # regions at the border of the picture are closed there
-    where = np.arange(padded.shape[1]) - 1, np.arange(padded.shape[0]) - 1
-    ax.contour(*where, padded, [0.5], colors='black', linewidths=2.2)
-    ax.contour(*where, padded, [0.5], colors=color, linewidths=1.1)
-    ax.set(xlim=(-0.5, region.shape[1] - 0.5), ylim=(region.shape[0] - 0.5, -0.5))
-
 def plot_case(scene: Scene, width: float = 7.) -> Figure:
     "Image, label and prediction; the wrong pixels of the case are outlined."
     import matplotlib.pyplot as plt

@@ -119,17 +119,17 @@ def log_mean(logarithm: Tensor) -> Tensor:
 def evidence_parts(model: Model,
                    similarities: Tensor,  # (1, S, C, K, h, w)
                    cells: Tensor,         # (h, w), or (C, h, w) for each class its own: weights of a mean or sum
-                  ) -> tuple[Tensor, Tensor]:  # base (C, E), parts (C, E, S, K), float64
+                  ) -> tuple[Tensor, Tensor]:  # base (C, E), parts (C, E, S, K), float64 on the CPU
     """Activation of every piece of evidence over a region, shared by its prototypes: mean activation = base + sum of the parts.
 
     base: 1 for a living group (its activation without similarity), 0 for prototypes under a linear head."""
-    alive, chosen = model.prototypes.alive.transpose(0, 1), torch.nonzero(cells.reshape(-1, cells.shape[-2:].numel()).any(0))[:, 0]
-    a = similarities[0].transpose(0, 1).flatten(1, 2).flatten(2)[..., chosen].double()              # (C, SK, n)
-    weight = cells.flatten(-2)[..., chosen].double().expand(len(a), -1)[:, None]                    # (C, 1, n)
+    alive, chosen = model.prototypes.alive.transpose(0, 1).cpu(), torch.nonzero(cells.reshape(-1, cells.shape[-2:].numel()).any(0))[:, 0]
+    a = similarities[0].transpose(0, 1).flatten(1, 2).flatten(2)[..., chosen].cpu().double()        # (C, SK, n); MPS has no float64
+    weight = cells.flatten(-2)[..., chosen].cpu().double().expand(len(a), -1)[:, None]              # (C, 1, n)
     C, S, K = alive.shape
     if isinstance(model.head, GroupHead):
-        w = (model.head.weights.detach() * alive[:, None]).flatten(2).double()                      # (C, G, SK)
-        base = model.head.evidence(model.prototypes.alive).double()
+        w = (model.head.weights.detach().cpu() * alive[:, None]).flatten(2).double()                # (C, G, SK)
+        base = model.head.evidence(alive.transpose(0, 1)).double()
         parts = w * ((log_mean(w @ a) * weight) @ a.transpose(1, 2))
     else: base, parts = weight.new_zeros(C, S * K), ((a * weight).sum(-1) * alive.flatten(1)).diag_embed()
     return base, parts.unflatten(-1, (S, K))
@@ -182,8 +182,8 @@ def compared_parts(model: Model, out: Output, wrong: Tensor, right: Tensor):
 
 def preference(model: Model, case: Case) -> Tensor:  # (C, E) float64
     "Last-layer weight to the predicted minus to the true class; 0 for evidence that does not exist."
-    last = model.head.last.detach().flatten(2).double()
-    return (last[case.predicted] - last[case.true]) * model.head.evidence(model.prototypes.alive).flatten(1)
+    last = model.head.last.detach().cpu().flatten(2).double()
+    return (last[case.predicted] - last[case.true]) * model.head.evidence(model.prototypes.alive.cpu()).flatten(1)
 
 # %% ../nbs/11_failures.ipynb #cell-21
 @torch.no_grad()
@@ -194,7 +194,7 @@ def blame(model: Model, case: Case, label: Tensor, prediction: Tensor,
     wrong, right = regions(case, label, prediction)
     base, parts, usual = compared_parts(model, out, wrong, right)
     w, activation, before = preference(model, case), base + parts.sum((-2, -1)), base + usual.sum((-2, -1))
-    exists = model.head.evidence(model.prototypes.alive).flatten(1)
+    exists = model.head.evidence(model.prototypes.alive.cpu()).flatten(1)
     numbers = torch.stack([activation, before, w, activation * w, (activation - before) * w], -1)[exists].tolist()
     pieces = [Piece(c, e, *x) for (c, e), x in zip(torch.nonzero(exists).tolist(), numbers)]
     pieces.sort(key=lambda p: -p.excess)
@@ -204,8 +204,8 @@ def blame(model: Model, case: Case, label: Tensor, prediction: Tensor,
 
 def _members(model, piece, parts, usual):
     c, e = piece.cls, piece.index
-    if isinstance(model.head, GroupHead): w = model.head.weights.detach()[c, e] * model.prototypes.alive[:, c]
-    else: w = torch.zeros_like(parts[c, e]).flatten().index_fill(0, torch.tensor(e, device=parts.device), 1.).view_as(parts[c, e])
+    if isinstance(model.head, GroupHead): w = (model.head.weights.detach()[c, e] * model.prototypes.alive[:, c]).cpu()
+    else: w = torch.zeros_like(parts[c, e]).flatten().index_fill(0, torch.tensor(e), 1.).view_as(parts[c, e])
     total = float(parts[c, e].sum()) or 1.
     found = [Member(s, k, float(w[s, k]), p := float(parts[c, e, s, k]), u := float(usual[c, e, s, k]), (p - u) * piece.weight, p / total)
              for s, k in torch.nonzero(w).tolist()]
@@ -292,9 +292,9 @@ def right_pixels(model: Model, label: Tensor, prediction: Tensor, out: Output) -
     for c in torch.nonzero(pixels)[:, 0].split(max(1, PIXELS // label.numel())):                           # bounds memory
         cells[c] = cell_sums(right == c[:, None, None], out.logits.shape[-2:])
     _, parts = evidence_parts(model, out.similarities, cells)
-    own = model.head.last.detach().flatten(2)[range(C), range(C)].double().clamp_min(0)                    # (C, E)
+    own = model.head.last.detach().cpu().flatten(2)[range(C), range(C)].double().clamp_min(0)              # (C, E)
     parts = (parts * own[..., None, None]).sum(1)
-    return divided(pixels[:, None, None], parts, (1, 2)).transpose(0, 1)
+    return divided(pixels.cpu()[:, None, None], parts, (1, 2)).transpose(0, 1)
 
 # %% ../nbs/11_failures.ipynb #cell-31
 @dataclass
@@ -320,9 +320,9 @@ def count_blame(model: Model, dataset: Dataset, how: Evaluation = Evaluation(), 
     total = BlameCount(*torch.zeros(2, *model.prototypes.alive.shape, dtype=torch.float64), 0, len(dataset))
     for cases, *image in stream_failures(model, dataset, how, ('similarities',), None, progress, **rule):
         check_stop('while looking for failures')
-        total.right += right_pixels(model, *image).cpu()
+        total.right += right_pixels(model, *image)
         for case in {(c.true, c.predicted): c for c in cases}.values():      # both classes may have failed: the same pixels
-            total.wrong += wrong_pixels(model, case, *image).cpu()
+            total.wrong += wrong_pixels(model, case, *image)
         total.cases += len(cases)
     return total
 

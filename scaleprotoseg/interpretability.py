@@ -103,9 +103,9 @@ def bilinear_reader(pixels: Tensor, size: tuple[int, int], grid: tuple[int, int]
     "A function of maps (P, h, w) that gives their values at the flat pixels of an image, (P, n): half-pixel centres."
     (H, W), (h, w), device = size, grid, pixels.device
     def axis(i: Tensor, length: int, cells: int):
-        x = ((torch.arange(length, device=device).double() + 0.5) * cells / length - 0.5).clamp(0, cells - 1)
-        low = x.long()
-        return [v.index_select(0, i) for v in (low, (low + 1).clamp_max(cells - 1), x - low)]
+        x = ((torch.arange(length).double() + 0.5) * cells / length - 0.5).clamp(0, cells - 1)
+        low, exact = x.long(), torch.float32 if device.type == 'mps' else torch.float64      # all that MPS has
+        return [v.to(device).index_select(0, i) for v in (low, (low + 1).clamp_max(cells - 1), (x - low).to(exact))]
     y0, y1, ty = axis(pixels.div(W, rounding_mode='floor'), H, h)
     x0, x1, tx = axis(pixels % W, W, w)
     corners = [y * w + x for y in (y0, y1) for x in (x0, x1)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .data import Dataset, Labels, palette, rng
 from .evaluation import Evaluation, stream
-from .explain import Atlas, Group, as_picture, overlay
+from .explain import Atlas, Group, as_picture, outlined, overlay
 from .heads import GroupHead
 from .losses import own_class
 from .model import Model, Output
@@ -415,7 +415,7 @@ def top_cells(values: Tensor,        # (..., N)
     order = order.gather(-1, segment[order].argsort(dim=-1, stable=True))          # by segment, inside of it by value
     owner = segment.sort().values                                              # of the sorted cells, in every row
     rank = torch.arange(len(segment), device=segment.device) - (count.cumsum(0) - count)[owner]
-    most = (count.double() * share - 1e-9).ceil()
+    most = (count.cpu().double() * share - 1e-9).ceil().to(count.device)           # MPS has no float64
     return torch.zeros_like(values, dtype=torch.bool).scatter(-1, order, (rank < most[owner]).expand_as(values))
 
 # %% ../nbs/13_neighbours.ipynb #cell-42
@@ -448,22 +448,23 @@ def measure_overlap(model: Model, dataset: Dataset,
         label = torch.where((label >= 0) & counted[label.clamp_min(0)], label, -1)
         if (label < 0).all(): continue
         values, segment = own_class(out.similarities, label)
-        total += _overlaps(top_cells(values.flatten(0, 1), segment, share), segment, C).cpu()
+        total += _overlaps(top_cells(values.flatten(0, 1), segment, share), segment, C)
         count += counted.cpu()
         marks = (area.cpu() * share - 1e-9).ceil()                  # of n cells, as `top_cells` counts them
         chance += torch.where(counted.cpu(), marks / (2 * area.cpu() - marks).clamp_min(1), 0.)
     return Overlap(total / count[:, None, None], count, largest, chance / count)
 
-def _overlaps(marked: Tensor, segment: Tensor, classes: int) -> Tensor:  # (P, N), (N,) -> (C, P, P) float64
+def _overlaps(marked: Tensor, segment: Tensor, classes: int) -> Tensor:  # (P, N), (N,) -> (C, P, P) float64, on the CPU
     "IoU of every two prototypes' marks in each class; 0 where a class has none."
     P = len(marked)
     at, of = torch.nonzero(marked.T, as_tuple=True)                 # few: a twentieth of the cells
     cells, at = at.unique(return_inverse=True)
     rows = torch.zeros(len(cells), P, device=marked.device, dtype=torch.bool)
     rows[at, of] = True
-    both = torch.zeros(classes, P, P, device=marked.device, dtype=torch.float64)
+    both = torch.zeros(classes, P, P, device=marked.device)         # float32 counts exactly up to 2**24 cells
     for x, c in zip(rows.split(1 << 14), segment[cells].split(1 << 14)):        # in pieces: a U-Net has a cell per pixel
-        both.index_add_(0, c, (x[:, :, None] & x[:, None]).double())
+        both.index_add_(0, c, (x[:, :, None] & x[:, None]).float())
+    both = both.cpu().double()
     sizes = both.diagonal(dim1=1, dim2=2)
     return both / (sizes[:, :, None] + sizes[:, None] - both).clamp_min(1)
 
@@ -562,7 +563,7 @@ def plot_group_members(image: Tensor | np.ndarray,  # (3, H, W) float in [0, 1],
     h = w * H / W
     height, top, first = h + 0.52, h + 0.14, 0.24
     fig, ax, done = _inches(columns * (w + gap), first + top + height * len(shown))
-    _picture(ax, _outlined(picture, own), (0, 0, w, h))
+    _picture(ax, outlined(picture, own), (0, 0, w, h))
     _lines(ax, w + 2 * gap, 0, f'Class {labels.names[cls]}, outlined', '', 'Orange below: where a member of the group is most active,',
            f'{100 * share:.0f} % of the cells of the class for each; stronger where more members', 'agree. Overlap is the mean IoU of two members.', bold=True)
     for j, title in enumerate(('where members agree', 'group', 'members, heaviest first')):
@@ -582,16 +583,6 @@ def plot_group_members(image: Tensor | np.ndarray,  # (3, H, W) float in [0, 1],
             ax.text(columns * (w + gap) - gap, y + h + 0.05, f'and {len(g.members) - members} more', fontsize=7.5, va='top', ha='right', color='0.35')
     done()
     return fig
-
-def _outlined(picture, own):
-    "A picture with a white and black line around a region."
-    from_above = [c for c in cv2.findContours(own.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]]
-    big = max(1, round(400 / max(picture.shape)))                      # lines need room
-    large = cv2.resize(picture, None, fx=big, fy=big, interpolation=cv2.INTER_NEAREST)
-    lines = [c * big + big // 2 for c in from_above]
-    for width, color in ((4, (0, 0, 0)), (2, (255, 255, 255))): cv2.polylines(large, lines, True, color, width, cv2.LINE_AA)
-    return large
-
 def _in_class(heat, own):
     "A map cut to the range that it has inside the class, so that this range gets all the colours."
     heat = heat.detach().cpu().float()

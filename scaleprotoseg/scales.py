@@ -30,7 +30,7 @@ __all__ = ['PIXELS', 'quantile_levels', 'binarize', 'component_areas', 'label_co
            'taps_inside', 'trend_text', 'plot_components', 'scale_rates', 'shrink_factors', 'shrunk_similarities',
            'on_one_grid', 'Equivariance', 'measure_equivariance', 'merge_linked', 'equivariant_groups', 'best_pair',
            'share_of_classes', 'equivariance_table', 'plot_equivariance', 'Pair', 'strongest_pairs', 'pair_maps',
-           'cut_in_class', 'plot_outlined', 'plot_pairs', 'spread']
+           'cut_in_class', 'outline', 'plot_outlined', 'plot_pairs', 'spread']
 
 # %% ../nbs/09_scales.ipynb #cell-05
 def quantile_levels(maps: Tensor,                 # (n, N) float, N >= 1
@@ -390,20 +390,26 @@ def cut_in_class(heat: Tensor,     # (h, w)
     return mask
 
 # %% ../nbs/09_scales.ipynb #cell-60
+def outline(ax: Axes, region: np.ndarray, color: str = 'white'):
+    "Draw the border of a region (H, W) bool of the picture in an axis, each line on a dark rim."
+    if region.all() or not region.any(): return                     # no border to draw
+    (H, W), padded = region.shape, np.pad(region, 1)                # regions at the border of the picture are closed there
+    at = np.arange(-1, W + 1), np.arange(-1, H + 1)
+    ax.contour(*at, padded, [0.5], colors='black', linewidths=2.3)
+    ax.contour(*at, padded, [0.5], colors=color, linewidths=1.2)
+    ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5))
+
 def plot_outlined(picture: np.ndarray,                              # (H, W, 3) uint8
                   masks: Mapping[str, Tensor | np.ndarray],         # colour -> (h, w) bool
                   title: str = '', ax: Axes | None = None) -> Axes:
-    "A picture with the outlines of masks of any size over it, each line on a dark rim."
+    "A picture with the outlines of masks of any size over it."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(2.3, 2), layout='constrained')[1]
     H, W = picture.shape[:2]
     ax.imshow(picture, interpolation='nearest')
     for color, mask in masks.items():
         large = cv2.resize(np.asarray(mask).astype(np.uint8), (W, H), interpolation=cv2.INTER_NEAREST_EXACT)
-        if large.min() == large.max(): continue                     # no border to draw
-        padded, at = np.pad(large, 1), (np.arange(-1, W + 1), np.arange(-1, H + 1))
-        ax.contour(*at, padded, [0.5], colors='black', linewidths=2.4)
-        ax.contour(*at, padded, [0.5], colors=color, linewidths=1.3)
+        outline(ax, large > 0, color)
     ax.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5))
     ax.set_axis_off()
     ax.set_title(title, fontsize=8, pad=3)
