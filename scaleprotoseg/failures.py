@@ -6,7 +6,7 @@
 __all__ = ['PIXELS', 'Case', 'image_cases', 'enlarged_prediction', 'sort_cases', 'stream_failures', 'find_failures', 'cell_sums',
            'cell_weights', 'log_mean', 'evidence_parts', 'Member', 'Piece', 'Blame', 'regions', 'compared_parts',
            'preference', 'blame', 'describe', 'Explained', 'explain_failures', 'worst_of_each', 'divided',
-           'wrong_pixels', 'right_pixels', 'BlameCount', 'count_blame', 'most_blamed', 'check_veto']
+           'wrong_pixels', 'right_pixels', 'BlameCount', 'count_blame', 'most_blamed', 'drawn_at_random', 'check_veto']
 
 # %% ../nbs/11_failures.ipynb #cell-03
 from collections.abc import Callable, Iterator, Sequence
@@ -333,11 +333,20 @@ def most_blamed(count: BlameCount,
                 least: float = 0.01,   # share of all wrong pixels that a candidate answers for
                ) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
     "The n candidates with the largest share of wrong pixels, and those passed over since they are the last of their class."
-    alive = alive.cpu()
-    candidates = alive & (count.wrong > 0) & (count.wrong >= least * count.wrong.sum())
-    left, chosen, kept = alive.sum((0, 2)), [], []
+    candidates = alive.cpu() & (count.wrong > 0) & (count.wrong >= least * count.wrong.sum())
     order = count.share().masked_fill(~candidates, -1.).flatten().argsort(descending=True, stable=True)
-    for flat in order[:int(candidates.sum())].tolist():
+    return _removable(order[:int(candidates.sum())].tolist(), alive.cpu(), n)
+
+def drawn_at_random(count: BlameCount, alive: Tensor, n: int,
+                    draw: np.random.Generator) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    "The control for `most_blamed`: any of those that answer for a pixel, right or wrong."
+    candidates = torch.nonzero((alive.cpu() & (count.wrong + count.right > 0)).flatten())[:, 0]
+    return _removable(draw.permutation(candidates.numpy()).tolist(), alive.cpu(), n)
+
+def _removable(order, alive, n):
+    "The first n of an order of flat prototypes that leave their class another, and those passed over."
+    left, chosen, kept = alive.sum((0, 2)), [], []
+    for flat in order:
         s, c, k = key = tuple(int(x) for x in np.unravel_index(flat, alive.shape))
         if len(chosen) == n: break
         (chosen if left[c] > 1 else kept).append(key)

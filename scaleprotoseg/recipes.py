@@ -63,12 +63,14 @@ class Stage:
     legacy: tuple[str, ...] = () # project: 'touched' cells are eligible, 'absent' classes are projected (spec 4.6)
     veto: tuple[tuple[int, int, int], ...] = ()  # veto: prototypes to remove (scale, class, k), from 0
     blamed: int = 0              # veto, instead of a list: so many, chosen by the failures of the recipe's main variant
+    drawn: bool = False          # veto, a control: as many as `blamed` says, but drawn at random by the seed
 
     def __post_init__(self):
         lookup(dict.fromkeys(('train', 'project', 'prune', 'veto', 'threshold')), self.kind, 'kind of stage')
         if bool(self.veto) + (self.blamed != 0) != (self.kind == 'veto') or self.blamed < 0:
             raise ValueError(f'stage {self.name!r}: a veto, and nothing else, names prototypes or how many are blamed; '
                              f'got veto={self.veto}, blamed={self.blamed}')
+        if self.drawn and not self.blamed: raise ValueError(f'stage {self.name!r}: drawn=True needs how many in `blamed`')
         for name in self.legacy: lookup(dict.fromkeys(('touched', 'absent')), name, 'legacy rule of projection')
 
 # %% ../nbs/10_recipes.ipynb #cell-06
@@ -159,7 +161,7 @@ class Recipe:
 
 # %% ../nbs/10_recipes.ipynb #cell-09
 def _stage_values(s: Stage) -> dict:
-    if s.kind != 'train': return dict(tau=s.tau, k=s.k, keep=s.keep, blamed=s.blamed or None)
+    if s.kind != 'train': return dict(tau=s.tau, k=s.k, keep=s.keep, blamed=s.blamed or None, drawn=int(s.drawn) or None)
     t = s.train
     return dict(steps=t.steps, batch=t.batch, accumulate=t.accumulate, power=t.power, decay=t.decay, diversity=t.diversity, l1=t.l1,
                 entropy=t.entropy, batch_norm=int(t.batch_norm), eval_every=t.eval_every, **{f'lr_{k}': v for k, v in t.lr.items()})
@@ -167,7 +169,7 @@ def _stage_values(s: Stage) -> dict:
 def _row(s):
     if s.kind != 'train':
         said = [f'τ = {s.tau}'] * (s.tau is not None) + [f'{s.keep} of {s.k} patches'] * (s.k is not None) + \
-            [f'legacy: {x}' for x in s.legacy] + [f'{s.blamed} most blamed prototypes'] * (s.blamed > 0) + [veto_name(s.veto)] * bool(s.veto)
+            [f'legacy: {x}' for x in s.legacy] + [f'{s.blamed} {"random" if s.drawn else "most blamed"} prototypes'] * (s.blamed > 0) + [veto_name(s.veto)] * bool(s.veto)
         return f'| {s.name} | {s.parent} | – | – | – | {", ".join(said) or "–"} |'
     t = s.train
     rates = f'{t.optimizer}: ' + ', '.join(f'{k} {v:g}' for k, v in t.lr.items()) + (f', poly {t.power:g}' if t.power else '')
@@ -217,14 +219,14 @@ def read_veto(name: str) -> tuple[tuple[int, int, int], ...]:
     if not re.fullmatch(r'veto-s\d+c\d+k\d+(\+s\d+c\d+k\d+)*', name): return ()
     return tuple(tuple(map(int, x)) for x in re.findall(r's(\d+)c(\d+)k(\d+)', name))
 
-def vetoed(recipe: Recipe, prototypes: Iterable[tuple[int, int, int]] = (), blamed: int = 0, variant: str = '') -> Recipe:
+def vetoed(recipe: Recipe, prototypes: Iterable[tuple[int, int, int]] = (), blamed: int = 0, drawn: bool = False, variant: str = '') -> Recipe:
     "A recipe that removes prototypes after `project` and trains what follows again; side branches are left out."
     if recipe.variant: raise ValueError(f'{recipe.name} is a variant; remove prototypes of {recipe.experiment}/{recipe.method}')
     line, keys = recipe.ancestry(recipe.last.name), tuple(sorted({tuple(p) for p in prototypes}))
     if 'project' not in [s.name for s in line]: raise ValueError(f'{recipe.name} has no projected prototypes to remove')
-    veto = Stage('veto', 'veto', 'project', veto=keys, blamed=blamed)
+    veto = Stage('veto', 'veto', 'project', veto=keys, blamed=blamed, drawn=drawn)
     stages = [x for s in line for x in ([s, veto] if s.name == 'project' else [replace(s, parent='veto') if s.parent == 'project' else s])]
-    return replace(recipe, variant=variant or (veto_name(keys) if keys else 'veto'), stages=tuple(stages))
+    return replace(recipe, variant=variant or (veto_name(keys) if keys else 'veto_random' if drawn else 'veto'), stages=tuple(stages))
 
 # %% ../nbs/10_recipes.ipynb #cell-18
 RECIPES: dict[str, Recipe] = {}
@@ -455,5 +457,6 @@ for name in ('smoke', 'demo', 'demo-full', 'em-quick', 'camvid-quick'):
     add_recipes(*group_ablations(find_recipe(name, 'scaleprotoseg')))
 for name in ('smoke', 'demo', 'demo-full'):
     add_recipes(vetoed(find_recipe(name, 'scaleprotoseg'), blamed=3))
-add_recipes(*protoseg_ablations(find_recipe('demo-full', 'protoseg')),
+add_recipes(vetoed(find_recipe('demo-full', 'scaleprotoseg'), blamed=3, drawn=True),
+            *protoseg_ablations(find_recipe('demo-full', 'protoseg')),
             changed(find_recipe('demo-full', 'scaleprotoseg'), 'no_diversity', diversity=0.))

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from . import datasets, partscapes  # noqa: F401, make their datasets known
 from .data import Sample, check_dataset, fingerprint, lookup, open_dataset, read_ahead, rng
 from .evaluation import evaluate
-from .failures import check_veto, count_blame, most_blamed
+from .failures import check_veto, count_blame, drawn_at_random, most_blamed
 from .heads import GroupHead
 from .losses import cross_entropy, diversity, group_entropy, legacy_labels, off_class_l1
 from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
@@ -377,18 +377,20 @@ def threshold_stage(job: Job, model: Model) -> dict:
 
 # %% ../nbs/12_training.ipynb #cell-23
 def veto_stage(job: Job, model: Model) -> dict:
-    """Remove the prototypes that a person names, or those that failures on the push split speak against; writes `veto.json`.
+    """Remove the prototypes that a person names, those that failures on the push split speak against, or, as a control, random
+    ones that the main variant uses; writes `veto.json`.
 
     By failures it removes none if there are no failures, and never the last prototype of a class; by name that is a ValueError."""
     names, stage, passed = job.data('val').labels.names, job.stage, []
     if stage.blamed:
         judge, dataset = load_model(job.judge).to(job.fabric.device), job.data('push')
         count = count_blame(judge, dataset, job.recipe.data.evaluation, f'{job.recipe.name} {stage.name}', job.check_stop)
-        keys, passed = most_blamed(count, judge.prototypes.alive, stage.blamed)
+        if stage.drawn: keys, passed = drawn_at_random(count, judge.prototypes.alive, stage.blamed, rng('veto', job.seed))
+        else: keys, passed = most_blamed(count, judge.prototypes.alive, stage.blamed)
     else: keys = stage.veto
     check_veto(keys, model.prototypes.alive, names)
     def facts(key): return dict(zip(('scale', 'cls', 'k'), key), name=names[key[1]], **(count.facts(key) if stage.blamed else {}))
-    why = {'by': 'failures', 'split': 'push', 'images': count.images, 'cases': count.cases, 'wrong_pixels': float(count.wrong.sum()),
+    why = {'by': 'chance' if stage.drawn else 'failures', 'split': 'push', 'images': count.images, 'cases': count.cases, 'wrong_pixels': float(count.wrong.sum()),
            'right_pixels': float(count.right.sum())} if stage.blamed else {'by': 'name'}
     dead = torch.zeros_like(model.prototypes.alive)
     for key in keys: dead[key] = True

@@ -1,6 +1,7 @@
 "Failure cases, exact shares of evidence, blame in words, the pixels that prototypes answer for, and pictures of all this."
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import matplotlib
@@ -13,13 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from scaleprotoseg import failures
-from scaleprotoseg.data import Labels, Sample, palette
+from scaleprotoseg.data import Labels, Sample, palette, rng
 from scaleprotoseg.evaluation import Evaluation
 from scaleprotoseg.explain import Atlas, scale_names
 from scaleprotoseg.failure_plots import Layer, Scene, outline, plot_before_after, plot_case, plot_evidence, plot_members, scene
 from scaleprotoseg.failures import (Blame, BlameCount, Case, blame, cell_sums, cell_weights, check_veto, count_blame,
                                     describe, divided, enlarged_prediction, evidence_parts, explain_failures, find_failures,
-                                    image_cases, log_mean, most_blamed, preference, regions, right_pixels, sort_cases,
+                                    drawn_at_random, image_cases, log_mean, most_blamed, preference, regions, right_pixels, sort_cases,
                                     stream_failures, worst_of_each, wrong_pixels)
 from scaleprotoseg.heads import GroupHead, LinearHead
 from scaleprotoseg.metrics import confusion
@@ -707,6 +708,19 @@ def test_whoever_answers_for_little_is_no_candidate():
     assert most_blamed(count, ALL, 9, least=.009) == ([(0, 0, 1), (0, 0, 0)], [])
     assert most_blamed(count, ALL, 9, least=0.) == ([(0, 0, 1), (0, 0, 2)], [(0, 0, 0)])
     assert most_blamed(counted([[0] * 3] * 2, [[0] * 3] * 2), ALL, 9) == ([], [])          # no failure, nobody to blame
+
+
+def test_the_control_draws_any_that_answer_for_a_pixel_each_equally_often():
+    count = counted([[0, 2, 0], [4, 0, 1]], [[9, 0, 0], [0, 0, 5]])                        # (0, 0, 2) and (0, 1, 1) answer for nothing
+    drawn = [drawn_at_random(count, ALL, 2, rng('control', i)) for i in range(400)]
+    assert all(len(set(keys)) == 2 and not kept for keys, kept in drawn)
+    times = Counter(key for keys, _ in drawn for key in keys)
+    assert times.keys() == {(0, 0, 0), (0, 0, 1), (0, 1, 0), (0, 1, 2)} and max(times.values()) < 1.3 * min(times.values())
+    assert drawn_at_random(count, ALL, 2, rng('control', 7)) == drawn[7]
+    alive = torch.tensor([[[True, True, False], [True, False, False]]])
+    for i in range(20):
+        keys, kept = drawn_at_random(count, alive, 3, rng('last', i))                      # one of each class stays
+        assert len(keys) == 1 and keys[0][1] == 0 and set(kept) == {(0, 0, 0), (0, 0, 1), (0, 1, 0)} - set(keys)
 
 
 def test_the_dead_are_not_blamed_and_the_last_of_a_class_is_kept_and_said():

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaleprotoseg import recipes, training
-from scaleprotoseg.data import open_dataset
-from scaleprotoseg.failures import BlameCount, count_blame, most_blamed
+from scaleprotoseg.data import open_dataset, rng
+from scaleprotoseg.failures import BlameCount, count_blame, drawn_at_random, most_blamed
 from scaleprotoseg.model import load_model, read_config, read_tensors
 from scaleprotoseg.recipes import RECIPES, Stage, Train, chosen, find_recipe, read_veto, veto_name, vetoed
 from scaleprotoseg.training import run_method, run_stage
@@ -81,6 +81,15 @@ def test_a_veto_by_failures_has_a_name_and_a_number():
     assert (recipe.stage('veto').blamed, recipe.stage('veto').veto) == (3, ())
     assert line(recipe) == line(find_recipe('smoke', 'scaleprotoseg', 'veto-s0c3k0'))
     assert vetoed(MAIN, blamed=5, variant='veto5').name == 'smoke/scaleprotoseg-veto5'
+
+
+def test_the_control_has_a_name_of_its_own_and_needs_a_number():
+    recipe = vetoed(MAIN, blamed=3, drawn=True)
+    assert recipe.variant == 'veto_random' and recipe.judged() is MAIN and recipe.digest('veto') != vetoed(MAIN, blamed=3).digest('veto')
+    assert '| veto | project | – | – | – | 3 random prototypes |' in recipe.table() and recipe.values()['veto', 'drawn'] == 1
+    assert 'drawn' not in chosen(vetoed(MAIN, blamed=3).stage('veto'))                   # digests from before it existed are valid
+    assert 'demo-full/scaleprotoseg-veto_random' in RECIPES
+    with pytest.raises(ValueError, match='drawn=True needs how many'): Stage('x', 'veto', veto=((0, 0, 0),), drawn=True)
 
 
 def test_only_stages_after_a_veto_by_failures_are_judged():
@@ -365,6 +374,18 @@ def test_without_failures_nothing_is_removed(begun, monkeypatch):
     assert (record['cases'], record['removed'], record['kept_as_last_of_class']) == (0, [], [])
     a, b = weights(folder(begun, 'veto', 'veto')), weights(folder(begun, stage='project'))
     assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_the_control_removes_what_the_seed_draws_and_says_so(begun, monkeypatch):
+    recipe = vetoed(MAIN, blamed=3, drawn=True)
+    monkeypatch.setitem(RECIPES, recipe.name, recipe)
+    for stage in ('warmup', 'joint', 'project', 'veto'): run_stage('smoke', 'scaleprotoseg', stage, 'veto_random', out=begun, device='cpu')
+    record, judge = read(begun, 'veto_random', 'veto', 'veto'), load_model(folder(begun))
+    count = count_blame(judge, open_dataset('partscapes', **MAIN.data.splits['push']), MAIN.data.evaluation)
+    keys, _ = drawn_at_random(count, judge.prototypes.alive, 3, rng('veto', 0))
+    assert record['by'] == 'chance' and [(x['scale'], x['cls'], x['k']) for x in record['removed']] == keys and len(keys) == 3
+    before, after = (weights(folder(begun, *where))['prototypes.alive'] for where in (('', 'project'), ('veto_random', 'veto')))
+    assert sorted(map(tuple, torch.nonzero(before & ~after).tolist())) == sorted(keys)
 
 
 def test_the_last_prototype_of_a_class_stays_and_the_record_says_so(begun, monkeypatch):
