@@ -25,9 +25,9 @@ def linear_logits(similarities: Tensor,  # (B, S, C, K, h, w)
     "Weighted sum of the living prototypes' similarities (ProtoSeg, Sec. 3: last layer without bias)."
     weight = (weight * alive.transpose(0, 1)).to(similarities.dtype)
     B, S, C, K, h, w = similarities.shape
-    flat = weight.transpose(1, 2).reshape(C, S * C * K)
+    a = similarities.transpose(1, 2).reshape(B, C * S * K, h * w)
     with torch.autocast(similarities.device.type, enabled=False):     # similarities are float32: keep it so
-        return torch.matmul(flat, similarities.reshape(B, S * C * K, h * w)).view(B, C, h, w)
+        return torch.matmul(weight.flatten(1), a).view(B, C, h, w)
 
 # %% ../nbs/05_heads.ipynb #cell-08
 class LinearHead(nn.Module):
@@ -75,10 +75,11 @@ def group_activations(similarities: Tensor,  # (B, S, C, K, h, w)
     G = weights.shape[1]
     per_class = alive.transpose(0, 1)                                                   # (C, S, K)
     flat = (weights * per_class[:, None]).to(similarities.dtype).reshape(C, G, S * K)
-    a = similarities.transpose(1, 2).reshape(B, C, S * K, h * w)
+    start = torch.where(per_class.flatten(1).any(-1), 0., -torch.inf).to(flat.dtype)    # exp(0) = 1 is no evidence
+    a = similarities.transpose(1, 2).reshape(B * C, S * K, h * w)
     with torch.autocast(a.device.type, enabled=False):    # in half precision the exponential is a few per cent off
-        u = torch.matmul(flat, a).exp()
-    return (u * per_class.flatten(1).any(-1).view(1, C, 1, 1)).view(B, C, G, h, w)      # exp(0) = 1 is no evidence
+        u = torch.baddbmm(start.repeat(B)[:, None, None], flat.repeat(B, 1, 1), a).exp_()
+    return u.view(B, C, G, h, w)
 
 # %% ../nbs/05_heads.ipynb #cell-20
 class GroupHead(nn.Module):

@@ -18,23 +18,53 @@ def full_precision(x: Tensor  # any float tensor
 # %% ../nbs/04_prototypes.ipynb #cell-05
 def squared_distances(features: Tensor,    # (B, S, D, h, w)
                       prototypes: Tensor,  # (S, C, K, D)
+                      centre: Tensor | None = None,  # (S, D): taken from both, which changes rounding alone
                      ) -> Tensor:          # (B, S, C, K, h, w), >= 0
     "Squared L2 distance of every position to every prototype of its own scale (ScaleProtoSeg, Eq. 1)."
     B, S, D, h, w = features.shape
     _, C, K, _ = prototypes.shape
     with torch.autocast(features.device.type, enabled=False):
-        z = full_precision(features).flatten(3)                            # (B, S, D, N)
-        p = full_precision(prototypes).to(z.dtype).reshape(1, S, C * K, D)
-        cross = torch.matmul(p, z)                                         # (B, S, CK, N)
-        d = z.square().sum(2, keepdim=True) + p.square().sum(-1, keepdim=True) - 2 * cross
-    return d.clamp_min(0).view(B, S, C, K, h, w)
+        z = full_precision(features)
+        p = full_precision(prototypes).to(z.dtype)
+        if centre is not None: z, p = z - centre.to(z.dtype)[:, :, None, None], p - centre.to(z.dtype)[:, None, None]
+        p = p.expand(B, S, C, K, D)
+        d = _SquaredDistances.apply(z.reshape(B * S, D, h * w), p.reshape(B * S, C * K, D))
+    return d.view(B, S, C, K, h, w)
+
+class _SquaredDistances(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, p):   # (n, D, N) and (n, P, D) -> (n, P, N)
+        d = (p.square().sum(-1, keepdim=True) + z.square().sum(1, keepdim=True)).baddbmm_(p, z, alpha=-2).clamp_min_(0)
+        ctx.save_for_backward(z, p, d)
+        return d
+
+    @staticmethod
+    def backward(ctx, g):
+        z, p, d = ctx.saved_tensors
+        g = g * (d > 0)       # where rounding went below 0 it was cut
+        dz = torch.baddbmm(z * g.sum(1, keepdim=True), p.mT, g, alpha=-1).mul_(2) if ctx.needs_input_grad[0] else None
+        dp = torch.baddbmm(p * g.sum(2, keepdim=True), g, z.mT, alpha=-1).mul_(2) if ctx.needs_input_grad[1] else None
+        return dz, dp
 
 # %% ../nbs/04_prototypes.ipynb #cell-10
 def log_similarity(distances: Tensor,       # squared distances, any shape, >= 0
                    epsilon: float = 1e-4,   # keeps the logarithm finite at distance 0
                   ) -> Tensor:              # same shape, in (0, log(1/epsilon)]
     "Log similarity of squared distances: large when near, close to 0 when far (ScaleProtoSeg, Eq. 1)."
-    return torch.log((distances + 1) / (distances + epsilon))
+    return _LogSimilarity.apply(distances, epsilon)
+
+class _LogSimilarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, d, epsilon):
+        ctx.save_for_backward(d)
+        ctx.epsilon = epsilon
+        ratio = (d + epsilon).reciprocal_().mul_(1 - epsilon).add_(1)      # (d + 1) / (d + epsilon), in place
+        return torch.log(ratio, out=d.new_empty(d.shape))                  # in memory in the order of the dimensions
+
+    @staticmethod
+    def backward(ctx, g):
+        d, = ctx.saved_tensors
+        return (d + ctx.epsilon).mul_(d + 1).reciprocal_().mul_(ctx.epsilon - 1).mul_(g), None
 
 # %% ../nbs/04_prototypes.ipynb #cell-14
 class Prototypes(nn.Module):
@@ -48,8 +78,16 @@ class Prototypes(nn.Module):
     def forward(self,
                 features: Tensor,         # (B, S, D, h, w)
                ) -> tuple[Tensor, Tensor]:  # distances, similarities, each (B, S, C, K, h, w), at least float32
-        distances = squared_distances(features, self.vectors)
-        return distances, log_similarity(distances, self.epsilon)
+        distances = squared_distances(features, self.vectors, self.centre())
+        # in memory class by class, (B, C, S, K, h, w), the order in which heads flatten it: nothing is copied there
+        return distances, log_similarity(distances.transpose(1, 2), self.epsilon).transpose(1, 2)
+
+    @torch.no_grad()
+    def centre(self) -> Tensor:  # (S, D)
+        "Mean of the living prototypes of every scale in steps of 1/64, which subtract without a new rounding; 0 without any."
+        living = self.alive[..., None]
+        mean = torch.where(living, self.vectors, 0.).sum((1, 2)) / living.sum((1, 2)).clamp_min(1)
+        return (64 * mean).round() / 64
 
     @torch.no_grad()
     def kill_(self, dead: Tensor):  # (S, C, K) bool: prototypes to remove
