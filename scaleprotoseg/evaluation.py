@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .data import Dataset, Sample, read_ahead
 from .metrics import confusion
-from .model import POSITIONS, Model, Output, replace_file, write_json
+from .model import Model, Output, replace_file, write_json
 
 # %% ../nbs/09_evaluation.ipynb #cell-05
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def enlarged_logits(model: Model,
                     size: tuple[int, int]  # of the result
                    ) -> Tensor:            # (1, C, *size)
     "Logits at pixel resolution: bilinear, half-pixel centres (spec 1.7)."
-    return F.interpolate(model(image, chunk=POSITIONS).logits, size, mode='bilinear', align_corners=False)
+    return F.interpolate(model(image).logits, size, mode='bilinear', align_corners=False)
 
 @torch.no_grad()
 def segment(model: Model,
@@ -112,7 +112,7 @@ def stream(model: Model, dataset: Dataset,
     samples = read_ahead(torch.utils.data.Subset(dataset, images))
     model.eval()
     for i, s in zip(images, tqdm(samples, total=len(images), desc=progress, disable=not progress, mininterval=2)):
-        with torch.no_grad(): out = model(how.resize(s.image[None].to(device)), want, POSITIONS)
+        with torch.no_grad(): out = model(how.resize(s.image[None].to(device)), want)
         yield i, s, out
 
 # %% ../nbs/09_evaluation.ipynb #cell-22

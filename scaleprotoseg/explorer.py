@@ -25,7 +25,7 @@ from . import datasets, partscapes  # noqa: F401, make their datasets known
 from .data import Dataset, Labels, lookup, open_dataset
 from .explain import (as_picture, evidence_kind, evidence_names, overlay, plot_segmentation, read_atlas,
                                    scale_names, value_range)
-from .model import POSITIONS, Model, Output, read_config
+from .model import Model, Output, read_config
 from .predict import (Explanation, Predictor, as_region, cell_weights, explain_region, last_stage, load,
                                    resolve_run)
 from .projection import Source
@@ -79,7 +79,7 @@ class Explorer:
     def open(self, image: str | Path | Image.Image | np.ndarray | Tensor) -> Explorer:
         "Look at another picture, at its centre; switches stay as they are. Errors as in `predict.to_image`."
         x = self.predictor._batch(image)
-        self._similarities = self.predictor.model(self.predictor.how.resize(x), {'similarities'}, POSITIONS).similarities
+        self._similarities = self.predictor.model(self.predictor.how.resize(x), {'similarities'}).similarities
         self.image: np.ndarray = as_picture(x[0])                                 # (H, W, 3) uint8
         self.point = self.image.shape[0] // 2, self.image.shape[1] // 2
         self._before, self._now = self._score(self.predictor.model), None

@@ -27,7 +27,7 @@ def linear_logits(similarities: Tensor,  # (B, S, C, K, h, w)
     B, S, C, K, h, w = similarities.shape
     a = similarities.transpose(1, 2).reshape(B, C * S * K, h * w)
     with torch.autocast(similarities.device.type, enabled=False):     # similarities are float32: keep it so
-        return torch.matmul(weight.flatten(1), a).view(B, C, h, w)
+        return torch.bmm(weight.flatten(1).expand(B, -1, -1), a).view(B, C, h, w)      # `matmul` would copy the maps
 
 # %% ../nbs/05_heads.ipynb #cell-08
 class LinearHead(nn.Module):
@@ -97,7 +97,7 @@ class GroupHead(nn.Module):
                ) -> tuple[Tensor, Tensor]:   # logits (B, C, h, w), groups (B, C, G, h, w)
         groups = group_activations(similarities, self.weights, alive)
         with torch.autocast(groups.device.type, enabled=False):
-            logits = torch.matmul(self.last.to(groups.dtype).flatten(1), groups.flatten(1, 2).flatten(2))
+            logits = torch.bmm(self.last.to(groups.dtype).flatten(1).expand(len(groups), -1, -1), groups.flatten(1, 2).flatten(2))
         return logits.unflatten(-1, groups.shape[-2:]), groups
 
     def evidence(self, alive: Tensor) -> Tensor:

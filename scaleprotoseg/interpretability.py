@@ -24,7 +24,7 @@ from torch import Tensor
 from .data import Dataset, rng
 from .evaluation import Evaluation, stream
 from .heads import GroupHead
-from .model import POSITIONS, Model
+from .model import Model
 
 # %% ../nbs/09_interpretability.ipynb #cell-05
 def key_points(label: Tensor,             # (H, W) int64, void -1
@@ -256,7 +256,7 @@ def score_parts(model: Model, dataset: Dataset,
     for _, s, out in stream(model, dataset, how, ['similarities'], images, progress):
         if s.parts is None or not (s.parts > 0).any(): continue
         x = how.resize(s.image[None].to(out.similarities.device))
-        noisy = model(add_noise(x, model.backbone.std, s.id, sigma=test.noise), ['similarities'], chunk=POSITIONS).similarities
+        noisy = model(add_noise(x, model.backbone.std, s.id, sigma=test.noise), ['similarities']).similarities
         scores.update(out.similarities, noisy, s.label.to(x.device), s.parts)
     return scores
 
@@ -362,6 +362,6 @@ def throughput(models: Mapping[str, Model], size: tuple[int, int],  # H, W
 def _forward_seconds(model: Model, image: Tensor) -> float:
     device = next(model.parameters()).device
     image, start = image.to(device), time.perf_counter()
-    model(image, chunk=POSITIONS)
+    model(image)
     if device.type == 'cuda': torch.cuda.synchronize(device)
     return time.perf_counter() - start

@@ -20,7 +20,7 @@ from .data import Labels, image_to_tensor, read_image
 from .evaluation import Evaluation, segment
 from .explain import (Atlas, as_picture, evidence_kind, evidence_maps, evidence_names,
                                    evidence_weights, overlay, read_atlas, scale_names)
-from .model import POSITIONS, Model, Output, load_model, pick_device, read_config
+from .model import Model, Output, load_model, pick_device, read_config
 from .projection import Source
 from .recipes import RECIPES
 from .runs import is_finished
@@ -216,7 +216,7 @@ class Predictor:
         kind = evidence_kind(self.model)
         if self.atlas is None: self.atlas = read_atlas(self.folder)
         x = self._batch(image)
-        out, size = self.model(self.how.resize(x), {kind, 'similarities'}, POSITIONS), x.shape[2:]
+        out, size = self.model(self.how.resize(x), {kind, 'similarities'}), x.shape[2:]
         def why(region, cls, point=None):
             return explain_region(self.model, out, as_picture(x[0]), region, self.atlas, self.labels, cls, point)
         if at is not None:

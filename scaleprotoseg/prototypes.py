@@ -58,13 +58,14 @@ class _LogSimilarity(torch.autograd.Function):
     def forward(ctx, d, epsilon):
         ctx.save_for_backward(d)
         ctx.epsilon = epsilon
-        ratio = (d + epsilon).reciprocal_().mul_(1 - epsilon).add_(1)      # (d + 1) / (d + epsilon), in place
-        return torch.log(ratio, out=d.new_empty(d.shape))                  # in memory in the order of the dimensions
+        out = torch.add(d, epsilon, out=d.new_empty(d.shape))              # in memory in the order of the dimensions
+        return out.reciprocal_().mul_(1 - epsilon).add_(1).log_()          # (d + 1) / (d + epsilon) = 1 + (1 - epsilon) / (d + epsilon)
 
     @staticmethod
     def backward(ctx, g):
         d, = ctx.saved_tensors
-        return (d + ctx.epsilon).mul_(d + 1).reciprocal_().mul_(ctx.epsilon - 1).mul_(g), None
+        both = (d + (1 + ctx.epsilon)).mul_(d).add_(ctx.epsilon)           # (d + 1) (d + epsilon)
+        return both.reciprocal_().mul_(ctx.epsilon - 1).mul_(g), None
 
 # %% ../nbs/04_prototypes.ipynb #cell-14
 class Prototypes(nn.Module):
@@ -76,9 +77,10 @@ class Prototypes(nn.Module):
         self.register_buffer('alive', torch.ones(scales, classes, per_class, dtype=torch.bool))
 
     def forward(self,
-                features: Tensor,         # (B, S, D, h, w)
-               ) -> tuple[Tensor, Tensor]:  # distances, similarities, each (B, S, C, K, h, w), at least float32
-        distances = squared_distances(features, self.vectors, self.centre())
+                features: Tensor,                # (B, S, D, h, w)
+                centre: Tensor | None = None,    # (S, D): `centre()`, where it is needed several times
+               ) -> tuple[Tensor, Tensor]:       # distances, similarities, each (B, S, C, K, h, w), at least float32
+        distances = squared_distances(features, self.vectors, self.centre() if centre is None else centre)
         # in memory class by class, (B, C, S, K, h, w), the order in which heads flatten it: nothing is copied there
         return distances, log_similarity(distances.transpose(1, 2), self.epsilon).transpose(1, 2)
 

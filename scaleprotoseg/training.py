@@ -35,7 +35,7 @@ from .failures import check_veto, count_blame, drawn_at_random, most_blamed
 from .heads import GroupHead
 from .losses import cross_entropy, diversity, group_entropy, legacy_labels, off_class_l1
 from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
-from .model import (POSITIONS, Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model,
+from .model import (Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model,
                                  save_weights, write_json)
 from .projection import Projection, save_sheet, touched, trace
 from .pruning import NearestPatches
@@ -230,13 +230,14 @@ class FrozenViews:
     def _compute(self, model, i, v, device, check_stop):
         check_stop('while computing similarity maps')
         image, label = self.batches.view(i, 'view', v)
-        similarities = model(image[None].to(device), want=('similarities',), chunk=POSITIONS).similarities[0]
-        return similarities, reduce_labels(label[None].to(device), similarities.shape[-2:])[0]
+        similarities = model(image[None].to(device), want=('similarities',)).similarities[0]
+        by_class = similarities.transpose(0, 1).contiguous()            # the order in which heads read them, see `Prototypes`
+        return by_class, reduce_labels(label[None].to(device), similarities.shape[-2:])[0]
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
         n, batch = len(self.batches.dataset), self.batches.batch
         chosen = [self.maps[self.batches.index(p) + n * (p // n % self.views)] for p in range(step * batch, (step + 1) * batch)]
-        return torch.stack([x for x, _ in chosen]), torch.stack([y for _, y in chosen])
+        return torch.stack([x for x, _ in chosen]).transpose(1, 2), torch.stack([y for _, y in chosen])
 
     def loader(self, start: int, stop: int, workers: int = 0): return (self[t] for t in range(start, stop))
 

@@ -1,0 +1,76 @@
+"""The published structure, once more from its description: convolutions with filters of ones, loops over classes, images and pairs.
+
+What is slow there is slow here; what is computed is the same, which `tests/test_benchmarks.py` checks. Shapes are the package's."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def distances(features: Tensor, prototypes: Tensor) -> Tensor:  # (B, S, D, h, w), (S, C, K, D) -> (B, P, h, w), scale by scale
+    "Squared distances by two convolutions per scale, one of them with P filters of ones."
+    S, C, K, D = prototypes.shape
+    maps = []
+    for s in range(S):
+        filters = prototypes[s].reshape(C * K, D, 1, 1)
+        squares = F.conv2d(features[:, s] ** 2, torch.ones_like(filters))
+        cross = F.conv2d(features[:, s], filters)
+        maps.append(F.relu(squares + (-2 * cross + (filters ** 2).sum((1, 2, 3)).view(-1, 1, 1))))
+    return torch.cat(maps, 1)
+
+
+def similarities(distance: Tensor, epsilon: float = 1e-4) -> Tensor:  # (B, P, h, w) -> (B h w, P)
+    "Log similarity with the prototypes last, as the layers after it want them."
+    a = torch.log((distance + 1) / (distance + epsilon))
+    return a.permute(0, 2, 3, 1).reshape(-1, a.shape[1])
+
+
+def linear_logits(features: Tensor, prototypes: Tensor, weight: Tensor) -> Tensor:  # weight (C, C, S, K) -> (B, C, h, w)
+    "ProtoSeg: one linear layer over all similarities."
+    B, (h, w), C = len(features), features.shape[-2:], len(weight)
+    out = F.linear(similarities(distances(features, prototypes)), weight.transpose(1, 2).reshape(C, -1))
+    return out.view(B, h, w, C).permute(0, 3, 1, 2)
+
+
+def grouped_logits(features: Tensor, prototypes: Tensor, weights: Tensor, last: Tensor) -> Tensor:  # (C, G, S, K), (C, C, G) -> (B, C, h, w)
+    "ScaleProtoSeg: class by class the columns of its prototypes, a linear layer and an exponential; then the last layer."
+    S, C, K, _ = prototypes.shape
+    B, (h, w) = len(features), features.shape[-2:]
+    a = similarities(distances(features, prototypes))
+    owner = torch.arange(C).view(1, C, 1).expand(S, C, K).reshape(-1).to(a.device)
+    groups = []
+    for c in range(C):
+        own = torch.nonzero(owner == c).flatten().tolist()
+        groups.append(torch.exp(F.linear(a[:, own], weights[c].flatten(1))))
+    return F.linear(torch.cat(groups, 1), last.flatten(1)).view(B, h, w, C).permute(0, 3, 1, 2)
+
+
+def diversity(distance: Tensor, labels: Tensor) -> Tensor:  # (B, S, C, K, h, w), (B, h, w) void -1 -> scalar
+    "Image by image, class by class, scale by scale, pair by pair."
+    values = []
+    for image in range(len(labels)):
+        for c in labels[image].unique().tolist():
+            if c < 0: continue
+            mask = labels[image] == c
+            if mask.sum().item() < 2: continue
+            for s in range(distance.shape[1]):
+                maps = [F.log_softmax(torch.masked_select(d, mask), 0) for d in distance[image, s, c]]
+                for i in range(len(maps)):
+                    for j in range(i):
+                        one, other = (F.kl_div(maps[x], maps[y], log_target=True, reduction='sum') for x, y in ((i, j), (j, i)))
+                        values.append(torch.exp(-(one + other) / 2))
+    return torch.stack(values).mean() if values else distance.sum() * 0
+
+
+def nearest_cells(distance: Tensor, label: Tensor, value_of: dict[int, int]) -> list[tuple[float, int]]:  # (S, C, K, h, w), raw (H, W)
+    "Projection of one image: labels mapped pixel by pixel, one plane per class, and a masked minimum per prototype."
+    S, C, K, h, w = distance.shape
+    mapped = torch.tensor([[value_of[v] for v in line] for line in label.tolist()])
+    small = F.interpolate(mapped[None, None].float(), (h, w), mode='nearest-exact')[0, 0].long()
+    planes = F.one_hot((small + 1).flatten(), C + 1).T.view(C + 1, h, w)[1:]
+    found = []
+    for s in range(S):
+        for c in range(C):
+            for k in range(K):
+                masked = distance[s, c, k] + (1 - planes[c]) * 1e10
+                found.append((masked.min().item(), masked.argmin().item()) if planes[c].any().item() else (float('inf'), -1))
+    return found
