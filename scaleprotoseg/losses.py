@@ -23,10 +23,12 @@ def cross_entropy(logits: Tensor,  # (B, C, h, w)
 def own_class(maps: Tensor,    # (B, S, C, K, h, w)
               labels: Tensor,  # (B, h, w) int64, void -1
              ) -> tuple[Tensor, Tensor]:
-    "Values (S, K, N) of each labelled position's own class, and its segment (N,), image * C + class."
-    b, y, x = torch.nonzero(labels >= 0, as_tuple=True)
-    c = labels[b, y, x]
-    return maps[b, :, c, :, y, x].permute(1, 2, 0), b * maps.shape[2] + c
+    "Values (S, K, B*h*w) of each position's own class, and its segment (B*h*w,): image * C + class; B * C where the label is void."
+    B, S, C, K = maps.shape[:4]
+    index = labels.clamp_min(0)[:, None, None, None].expand(B, S, 1, K, *labels.shape[1:])
+    values = maps.gather(2, index)[:, :, 0].permute(1, 2, 0, 3, 4)                 # void: of class 0, in a segment of its own
+    first = C * torch.arange(B, device=labels.device).view(B, 1, 1)
+    return values.flatten(2), torch.where(labels >= 0, first + labels, B * C).flatten()
 
 # %% ../nbs/07_losses.ipynb #cell-08
 def segment_log_softmax(values: Tensor,   # (..., N)
@@ -48,14 +50,13 @@ def jeffreys(distances: Tensor,  # (B, S, C, K, h, w)
     "Jeffreys divergence of every pair k < l, (S, pairs, B*C), and a bool mask of the pairs that exist."
     B, S, C, K = distances.shape[:4]
     values, segment = own_class(distances, labels)
-    logp = segment_log_softmax(values, segment, B * C)                        # (S, K, N)
-    p = logp.exp()
+    logp = segment_log_softmax(values, segment, B * C + 1)                    # (S, K, N)
     k, l = torch.triu_indices(K, K, 1, device=labels.device)
-    # index_select, not p[:, k]: the gradient of the latter adds repeated indices in any order on several CPU threads
-    first, second = (lambda x: x.index_select(1, k)), (lambda x: x.index_select(1, l))
-    terms = (first(p) - second(p)) * (first(logp) - second(logp)) / 2         # (S, pairs, N)
-    J = terms.new_zeros(S, len(k), B * C).index_add(-1, segment, terms)
-    enough = torch.bincount(segment, minlength=B * C) >= 2
+    one = torch.eye(K, dtype=logp.dtype, device=labels.device)
+    minus = one[k] - one[l]                                                   # (pairs, K): the product is x_k - x_l
+    terms = (minus @ logp.exp()) * (minus @ logp) / 2                         # (S, pairs, N)
+    J = terms.new_zeros(S, len(k), B * C + 1).scatter_add(-1, segment.expand_as(terms), terms)[..., :-1]
+    enough = segment.new_zeros(B * C + 1).scatter_add(0, segment, torch.ones_like(segment))[:-1] >= 2
     both = (alive[..., k] & alive[..., l]).transpose(1, 2).repeat(1, 1, B)    # (S, pairs, B*C)
     return J, both & enough
 

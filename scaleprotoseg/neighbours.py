@@ -448,7 +448,7 @@ def measure_overlap(model: Model, dataset: Dataset,
         label = torch.where((label >= 0) & counted[label.clamp_min(0)], label, -1)
         if (label < 0).all(): continue
         values, segment = own_class(out.similarities, label)
-        total += _overlaps(top_cells(values.flatten(0, 1), segment, share), segment, C)
+        total += _overlaps(top_cells(values.flatten(0, 1), segment, share), segment, C + 1)[:C]
         count += counted.cpu()
         marks = (area.cpu() * share - 1e-9).ceil()                  # of n cells, as `top_cells` counts them
         chance += torch.where(counted.cpu(), marks / (2 * area.cpu() - marks).clamp_min(1), 0.)
@@ -528,14 +528,13 @@ def agreement_map(out: Output,       # of one image, with `similarities`
                  ) -> tuple[np.ndarray, float]:  # (h, w) float32 in [0, 1], and the mean IoU of two members
     "Share of a group's members that mark a cell of their class, and how much two of them overlap; NaN for fewer than two."
     small = reduce_labels(label[None], out.logits.shape[-2:]).to(out.logits.device)
-    small = torch.where(small == group.cls, small, -1)
-    shares = np.zeros(out.logits.shape[-2:], np.float32)
-    if not group.members or (small < 0).all(): return shares, float('nan')
-    values, segment = own_class(out.similarities, small)
-    values = torch.stack([values[m.scale, m.k] for m in group.members])
+    own, shares = small[0] == group.cls, np.zeros(out.logits.shape[-2:], np.float32)
+    if not group.members or not own.any(): return shares, float('nan')
+    values = torch.stack([out.similarities[0, m.scale, group.cls, m.k][own] for m in group.members])
+    segment = torch.zeros(values.shape[1], dtype=torch.int64, device=values.device)
     marked = top_cells(values, segment, share)
-    shares[(small[0] >= 0).cpu().numpy()] = marked.float().mean(0).cpu().numpy()
-    pairs = _overlaps(marked, segment * 0, 1)[0].triu(1)
+    shares[own.cpu().numpy()] = marked.float().mean(0).cpu().numpy()
+    pairs = _overlaps(marked, segment, 1)[0].triu(1)
     n = len(values)
     return shares, float(pairs.sum() / (n * (n - 1) / 2)) if n > 1 else float('nan')
 

@@ -30,15 +30,15 @@ def nearest_own_cell(distances: Tensor,  # (B, S, C, K, h, w)
     B, S, C, K, h, w = distances.shape
     if eligible is None:
         values, segment = own_class(distances, labels)                                 # (S, K, N), (N,)
-        cells = torch.nonzero((labels >= 0).flatten(1), as_tuple=True)[1]
+        cells = torch.arange(h * w, device=labels.device).repeat(B)
     else:
         b, c, y, x = torch.nonzero(eligible, as_tuple=True)
         values, segment, cells = distances[b, :, c, :, y, x].permute(1, 2, 0), b * C + c, y * w + x
     index = segment.expand_as(values)
-    best = values.new_full((S, K, B * C), torch.inf).scatter_reduce(-1, index, values, 'amin')
+    best = values.new_full((S, K, B * C + 1), torch.inf).scatter_reduce(-1, index, values, 'amin')
     first = torch.where(values == best.gather(-1, index), cells, h * w)
     cell = cells.new_full(best.shape, h * w).scatter_reduce(-1, index, first, 'amin')
-    to_dense = lambda x: x.view(S, K, B, C).permute(2, 0, 3, 1)
+    to_dense = lambda x: x[..., :-1].unflatten(-1, (B, C)).permute(2, 0, 3, 1)          # the last is void
     return to_dense(best), to_dense(torch.where(cell < h * w, cell, -1))
 
 # %% ../nbs/08_projection.ipynb #cell-08
