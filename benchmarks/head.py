@@ -1,6 +1,7 @@
 """Prototype heads: seconds forward, forward and backward, beside a 1×1 convolution and the published loops; growth; memory.
 
 `python benchmarks/head.py [--only SIZE] [--threads N] [--device cuda]`"""
+import statistics
 import sys
 
 import published
@@ -18,7 +19,10 @@ def models(classes: int, protoseg: int, device: str = 'cpu') -> dict[str, Model]
     "Heads on given features: ours with groups, ours as ProtoSeg's, and the cost baseline."
     torch.manual_seed(0)
     on_features = lambda prototypes, head: Model(nn.Identity(), prototypes, head, 'none').to(device)
+    thresholded = GroupHead(SCALES, classes, PER_CLASS, GROUPS)
+    thresholded.weights.data *= random(classes, 1, SCALES, PER_CLASS, seed=3) < 0.5                # published: 131 of 252, 111 of 228
     return {'product': on_features(Prototypes(SCALES, classes, PER_CLASS, CHANNELS), GroupHead(SCALES, classes, PER_CLASS, GROUPS)),
+            'product, half used': on_features(Prototypes(SCALES, classes, PER_CLASS, CHANNELS), thresholded),
             'product, ProtoSeg': on_features(Prototypes(1, classes, protoseg, CHANNELS), LinearHead(1, classes, protoseg)),
             '1×1 convolution': on_features(None, PixelHead(SCALES, classes, CHANNELS))}
 
@@ -43,7 +47,9 @@ def forms(classes: int, protoseg: int, grid, batch: int, backward: bool, device:
 
 def measured(name, work, size, grid, batch, backward, device, repeats):
     seconds = in_turns(forms(size.classes, size.protoseg, grid, batch, backward, device), repeats)
-    ratio = {'grouped/ProtoSeg': sum(seconds['product']) / sum(seconds['product, ProtoSeg'])}
+    middle = {k: statistics.median(v) for k, v in seconds.items()}
+    ratio = {'grouped/ProtoSeg': middle['product'] / middle['product, ProtoSeg'], 'published/half used': middle['published'] / middle['product, half used'],
+             'half used/ProtoSeg': middle['product, half used'] / middle['product, ProtoSeg']}
     return row(f'{name}, {size.prototypes} prototypes, {grid[0]}×{grid[1]}', work, seconds, 'published', '1×1 convolution', **ratio)
 
 

@@ -263,8 +263,7 @@ def score_parts(model: Model, dataset: Dataset,
 # %% ../nbs/09_interpretability.ipynb #cell-37
 def used_prototypes(model: Model) -> Tensor:  # (S, C, K) bool
     "Living prototypes; with groups, only those with a weight in one of them (spec 8.5)."
-    alive = model.prototypes.alive
-    return alive & (model.head.weights > 0).any(1).transpose(0, 1) if isinstance(model.head, GroupHead) else alive
+    return model.head.used(model.prototypes.alive)
 
 def living_groups(model: Model) -> Tensor:  # (C, G) bool
     "Groups with a weight for a living prototype; a threshold may leave a group none."

@@ -1,0 +1,78 @@
+"The published loops that benchmarks compare with compute what the package computes; and the benchmarks run."
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scaleprotoseg.heads import GroupHead, LinearHead
+from scaleprotoseg.losses import diversity
+from scaleprotoseg.model import Model
+from scaleprotoseg.projection import nearest_own_cell
+from scaleprotoseg.prototypes import Prototypes, squared_distances
+from scaleprotoseg.transforms import reduce_labels
+
+FOLDER = Path(__file__).parents[1] / 'benchmarks'
+B, S, C, K, D, G, h, w = 2, 3, 5, 4, 6, 2, 9, 11
+
+
+@pytest.fixture(scope='module')
+def published():
+    sys.path.insert(0, str(FOLDER))
+    import published
+    yield published
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope='module')
+def features(): return torch.rand(B, S, D, h, w, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.fixture(scope='module')
+def layer():
+    torch.manual_seed(0)
+    return Prototypes(S, C, K, D).double()
+
+
+def test_logits_of_groups(published, features, layer):
+    head = GroupHead(S, C, K, G).double()
+    got = Model(torch.nn.Identity(), layer, head, 'none').score(features).logits
+    torch.testing.assert_close(published.grouped_logits(features, layer.vectors, head.weights, head.last), got)
+
+
+def test_logits_of_prototypes(published, features, layer):
+    head = LinearHead(S, C, K).double()
+    head.weight.data.normal_()
+    got = Model(torch.nn.Identity(), layer, head, 'none').score(features).logits
+    torch.testing.assert_close(published.linear_logits(features, layer.vectors, head.weight), got)
+
+
+def test_diversity_and_its_gradient(published, features, layer):
+    labels = torch.randint(-1, C, (B, h, w), generator=torch.Generator().manual_seed(1))
+    one, other = (squared_distances(features, layer.vectors).detach().requires_grad_() for _ in range(2))
+    got, want = diversity(one, labels, layer.alive), published.diversity(other, labels)
+    torch.testing.assert_close(got, want)
+    got.backward(), want.backward()
+    torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_nearest_cells(published, features, layer):
+    raw = torch.randint(0, C + 1, (40, 50), generator=torch.Generator().manual_seed(2))
+    d = squared_distances(features[:1], layer.vectors).detach().float()      # 1e10 is added to masked cells, as published
+    value, cell = nearest_own_cell(d, reduce_labels(raw[None] - 1, (h, w)))
+    found = published.nearest_cells(d[0], raw, {v: v - 1 for v in range(C + 1)})
+    assert [c for _, c in found] == cell.flatten().tolist()
+    assert [v for v, _ in found] == value.flatten().tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', [
+    ['head.py', '--only', 'Pascal', '--repeats', '3'], ['losses.py', '--repeats', '3'], ['projection.py', '--repeats', '3'],
+    ['network.py', '--dataset', 'Pascal', '--pixels', '65', '--repeats', '3', '--no-memories']], ids=lambda c: c[0])
+def test_benchmarks_run(command, tmp_path):
+    run = 'import sys, runpy, sizes; from pathlib import Path; sizes.OUT = Path(sys.argv.pop(1)); runpy.run_path(sys.argv[0], run_name="__main__")'
+    done = subprocess.run([sys.executable, '-c', f'import sys; sys.argv.pop(0); {run}', command[0], str(tmp_path), *command[1:]], cwd=FOLDER,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert '| size | work |' in done.stdout and len(list(tmp_path.glob('*.json'))) == 1
