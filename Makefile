@@ -41,6 +41,10 @@ clean-notebooks: install  ## what to run before a commit: clean, export
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
 
-bench: install   ## speed and memory of what is measured
-	$(BIN)/python benchmarks/partscapes.py
+bench: install   ## speed and memory beside a black box and the published loops; results in figures/benchmarks
+	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/projection.py
+	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/interpretability.py
+	$(BIN)/python benchmarks/partscapes.py
