@@ -78,11 +78,11 @@ class Model(nn.Module):
         h, w = features.shape[-2:]
         chunk = chunk or (h * w if torch.is_grad_enabled() else self._chunk(features))
         if chunk >= h * w: return self._score(features, want)
-        found, flat, centre = {}, features.flatten(-2), self.prototypes and self.prototypes.centre()
-        packed = Packed.of(self, centre) if not torch.is_grad_enabled() and want <= {'logits', 'groups'} else None
+        found, flat = {}, features.flatten(-2)
+        packed = Packed.of(self) if not torch.is_grad_enabled() and want <= {'logits', 'groups'} else None
         for start in range(0, h * w, chunk):
             x = flat[..., start:start + chunk].unsqueeze(-1)
-            piece = packed(x, want) if packed else self._score(x, want, centre)
+            piece = packed(x, want) if packed else self._score(x, want)
             for name, x in ((name, getattr(piece, name)) for name in want):
                 if x is None: continue
                 if not start: found[name] = x.new_empty(*x.shape[:-2], h * w)
@@ -99,10 +99,10 @@ class Model(nn.Module):
         logits, groups = self.head(similarities, self.prototypes.alive)
         return Output(logits, similarities=similarities if 'similarities' in want else None, groups=groups if 'groups' in want else None)
 
-    def _score(self, features, want, centre=None):
+    def _score(self, features, want):
         if self.prototypes is None: out = Output(self.head(features))
         else:
-            distances, similarities = self.prototypes(features, centre)
+            distances, similarities = self.prototypes(features)
             logits, groups = self.head(similarities, self.prototypes.alive)
             out = Output(logits, None, distances, similarities, groups)
         if 'features' in want: out.features = features
@@ -135,15 +135,15 @@ class Model(nn.Module):
 class Packed:
     "A model's used prototypes and its head, without the others: logits and groups are the same."
     @classmethod
-    def of(cls, model: Model, centre: Tensor) -> Packed | None:
+    def of(cls, model: Model) -> Packed | None:
         "None where there is little to leave out."
         if model.prototypes is None: return None
         used = model.head.used(model.prototypes.alive)
-        return cls(model, used, centre) if 0 < used.sum() <= 0.9 * used.numel() else None
+        return cls(model, used) if 0 < used.sum() <= 0.9 * used.numel() else None
 
-    def __init__(self, model: Model, used: Tensor, centre: Tensor):  # (S, C, K) bool, (S, D)
+    def __init__(self, model: Model, used: Tensor):  # (S, C, K) bool
         (_, C, K), flat, last = used.shape, used.flatten(1), model.head.last
-        self.epsilon, self.centre, self.rows = model.prototypes.epsilon, centre, None
+        self.epsilon, self.rows = model.prototypes.epsilon, None
         order = flat.byte().sort(dim=1, descending=True, stable=True).indices[:, :int(flat.sum(1).max())]      # (S, P)
         real = flat.gather(1, order)                                       # scales that use fewer are padded
         vectors = model.prototypes.vectors.flatten(1, 2)
@@ -164,7 +164,7 @@ class Packed:
         self.alive = model.prototypes.alive.any(-1).any(0)[None, :, None].expand(1, *self.rows.shape)
 
     def __call__(self, features: Tensor, want: set[str]) -> Output:
-        distances = squared_distances(features, self.vectors, self.centre)
+        distances = squared_distances(features, self.vectors)
         a = log_similarity(distances, self.epsilon)                        # (B, S, 1, P, h, w)
         if self.rows is None: return Output(linear_logits(a, self.last, torch.ones_like(a[0, :, :, :, 0, 0], dtype=torch.bool)))
         a = a.flatten(1, 3)[:, self.rows][:, None]                         # (B, 1, C, M, h, w)

@@ -202,11 +202,11 @@ def shrunk_similarities(model: Model,
                        ) -> dict[int, Tensor]:      # factor -> (S, n, K, h, w)
     "Similarity of the shrunk images to the prototypes of some classes."
     vectors, maps = model.prototypes.vectors, {}
-    image, vectors, centre = image.to(vectors.device), vectors[:, classes.to(vectors.device)], model.prototypes.centre()
+    image, vectors = image.to(vectors.device), vectors[:, classes.to(vectors.device)]
     for k in factors:
         size = [max(1, round(n / k)) for n in image.shape[-2:]]
         small = image if k == 1 else F.interpolate(image, size, mode='bilinear', align_corners=False, antialias=True)
-        maps[k] = log_similarity(squared_distances(model.features(small), vectors, centre), model.prototypes.epsilon)[0]
+        maps[k] = log_similarity(squared_distances(model.features(small), vectors), model.prototypes.epsilon)[0]
     return maps
 
 def on_one_grid(small: Tensor, large: Tensor) -> tuple[Tensor, Tensor]:  # each (n, K, h, w)

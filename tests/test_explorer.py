@@ -2,7 +2,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
@@ -11,46 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
+from saved import DATA, write_stage
+
 from scaleprotoseg.explorer import (Explorer, Panel, evidence_table, explorable_runs, marked, pixel_at, plot_switched, score_table,
                                     tile_html, validation_images)
-from scaleprotoseg.model import build_model, save_model
-from scaleprotoseg.partscapes import PartScapes
 from scaleprotoseg.predict import load
-from scaleprotoseg.projection import Projection, save_sheet, trace
-from scaleprotoseg.transforms import reduce_labels
 
 matplotlib.use('Agg')
-DATA = PartScapes('train', size=(64, 96), n=2)
+
 POINT = (20, 31)
 
 
 def write_run(runs: Path, head='groups', method='scaleprotoseg', stage='threshold', scales=4) -> Path:
-    "A finished stage of the smoke recipe with random weights and, for prototype heads, real patches."
-    folder = runs / f'smoke/{method}/seed0/{stage}'
-    folder.mkdir(parents=True)
-    torch.manual_seed(0)
-    config = dict(backbone=dict(name='unet', width=4), activation='sigmoid', head=head, classes=10, scales=scales, channels=8,
-                  per_class=2, groups=3, labels=DATA.labels.to_dict(), recipe=f'smoke/{method}', stage=stage)
-    model = build_model(config).eval()
-    if model.prototypes is not None:
-        for conv in model.backbone.aspp.convs: conv.weight.data.mul_(20)
-        model.head.last.data.uniform_(-1, 1)
-        projection = Projection(model.prototypes)
-        with torch.no_grad():
-            for i in range(len(DATA)):
-                out = model(DATA[i].image[None], ('features', 'distances', 'similarities'))
-                projection.update(i, out.features, out.distances, out.similarities, reduce_labels(DATA[i].label[None], out.logits.shape[-2:]))
-        projection.apply_(model.prototypes)
-        model.prototypes.alive[0, 0, 1] = False                       # pruned before
-        if head == 'groups':
-            model.head.project_(model.prototypes.alive)
-            model.head.threshold_(0.1)
-        sources, tiles = trace(projection, DATA)
-        save_sheet(tiles, folder / 'patches.webp')
-        (folder / 'prototypes.json').write_text(json.dumps([asdict(s) for s in sources]))
-    save_model(model, config, folder)
-    (folder / 'metrics.json').write_text('{}')
-    return folder
+    return write_stage(runs / f'smoke/{method}/seed0/{stage}', head, scales, dict(name='unet', width=4), f'smoke/{method}', pruned=[(0, 0, 1)] * (head != 'pixel'))
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,43 @@
+"Finished stages with random weights, for tests that load them."
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from scaleprotoseg.model import build_model, save_model
+from scaleprotoseg.partscapes import PartScapes
+from scaleprotoseg.projection import Projection, save_sheet, trace
+from scaleprotoseg.transforms import reduce_labels
+
+DATA = PartScapes('train', size=(64, 96), n=2)
+
+
+def write_stage(folder: Path, head='groups', scales=4, backbone=None, recipe='smoke/scaleprotoseg', finished=True, pruned=()):
+    "A stage folder with random weights and, for prototype heads, real patches."
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    config = dict(backbone=backbone or dict(name='deeplabv2', arch='resnet18'), activation='sigmoid', head=head,
+                  classes=10, scales=scales, channels=8, per_class=2, groups=3, labels=DATA.labels.to_dict(),
+                  recipe=recipe, stage=folder.name)
+    model = build_model(config).eval()
+    if model.prototypes is not None:
+        for conv in model.backbone.aspp.convs: conv.weight.data.mul_(20)
+        model.head.last.data.uniform_(-1, 1)
+        projection = Projection(model.prototypes)
+        with torch.no_grad():
+            for i in range(len(DATA)):
+                out = model(DATA[i].image[None], ('features', 'distances', 'similarities'))
+                projection.update(i, out.features, out.distances, out.similarities,
+                                  reduce_labels(DATA[i].label[None], out.logits.shape[-2:]))
+        projection.apply_(model.prototypes)
+        for key in pruned: model.prototypes.alive[key] = False
+        if head == 'groups':
+            model.head.project_(model.prototypes.alive)
+            model.head.threshold_(0.1)
+        sources, tiles = trace(projection, DATA)
+        save_sheet(tiles, folder / 'patches.webp')
+        (folder / 'prototypes.json').write_text(json.dumps([asdict(s) for s in sources]))
+    save_model(model, config, folder)
+    if finished: (folder / 'metrics.json').write_text('{}')
+    return folder
