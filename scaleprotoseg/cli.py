@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Out', 'DataRoot', 'Device', 'Precision', 'Split', 'OtherData', 'Window', 'Best', 'main', 'common', 'list_',
-           'run', 'check', 'predict', 'explain', 'evaluate', 'export', 'import_checkpoint', 'data_', 'notebook',
-           'report', 'reproduce']
+           'run', 'check', 'predict', 'explain', 'evaluate', 'export', 'deploy', 'import_checkpoint', 'data_',
+           'notebook', 'report', 'reproduce']
 
 # %% ../nbs/16_cli.ipynb #cell-03
 import hashlib
@@ -168,6 +168,17 @@ def export(run: Annotated[Path, typer.Argument(help='Folder of a finished stage 
     if output.exists() and not output.is_dir(): raise NotADirectoryError(f'{output} is a file; expected a folder for one PNG per image')
     predictor, how, data, source = _trained(run, split, dataset, data_root, device, window, best)
     print(f'{export_predictions(predictor.model, data, output, predictor.device, how, source)} files written to {output}')
+
+# %% ../nbs/16_cli.ipynb #cell-deploy
+@app.command()
+def deploy(run: Annotated[Path, typer.Argument(help='Folder of a finished stage or seed.')],
+           output: Annotated[Path, typer.Argument(help='model.onnx or model.pt2.')],
+           size: Annotated[tuple[int, int], typer.Option(help='Height and width of all images to come; 0 0: any.')] = (0, 0), best: Best = False):
+    "A model with its explanation as one file for other runtimes, checked against the model."
+    from scaleprotoseg.deploy import export_model
+    from scaleprotoseg.predict import load
+    made = export_model(load(run, best=best), output, size if any(size) else None)
+    print(f'{made["file"]}: {", ".join(f"{name} within {x:.1e} of the model" for name, x in made["deviation"].items())}')
 
 # %% ../nbs/16_cli.ipynb #cell-18
 @app.command('import-checkpoint')

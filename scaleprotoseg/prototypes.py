@@ -57,8 +57,8 @@ class _LogSimilarity(torch.autograd.Function):
     def forward(ctx, d, epsilon):
         ctx.save_for_backward(d)
         ctx.epsilon = epsilon
-        out = torch.add(d, epsilon, out=d.new_empty(d.shape))              # in memory in the order of the dimensions
-        return out.reciprocal_().mul_(1 - epsilon).add_(1).log_()          # (d + 1) / (d + epsilon) = 1 + (1 - epsilon) / (d + epsilon)
+        out = d.clone(memory_format=torch.contiguous_format)               # in memory in the order of the dimensions
+        return out.add_(epsilon).reciprocal_().mul_(1 - epsilon).add_(1).log_()      # (d + 1) / (d + ε) = 1 + (1 - ε) / (d + ε)
 
     @staticmethod
     def backward(ctx, g):

@@ -1,0 +1,66 @@
+"A model in one file: other runtimes give its numbers, its explanation and what they mean; wrong wishes are refused."
+import json
+
+import pytest
+import torch
+from saved import DATA, write_stage
+from typer.testing import CliRunner
+
+from scaleprotoseg import deploy
+from scaleprotoseg.cli import app
+from scaleprotoseg.deploy import description, export_model
+from scaleprotoseg.predict import load
+
+
+@pytest.fixture(scope='module')
+def stages(tmp_path_factory):
+    runs = tmp_path_factory.mktemp('runs') / 'smoke'
+    return {'groups': write_stage(runs / 'scaleprotoseg/seed0/threshold'), 'linear': write_stage(runs / 'protoseg/seed0/finetune', 'linear', 1, recipe='smoke/protoseg'),
+            'pixel': write_stage(runs / 'linear/seed0/joint', 'pixel', 1, recipe='smoke/linear')}
+
+
+@pytest.mark.parametrize('head', ['groups', 'linear', 'pixel'])
+def test_onnx_takes_images_of_any_size_and_explains_them(stages, head, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed (extra `deploy`)')
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed (extra `deploy`)')
+    predictor = load(stages[head])
+    before = {k: v.clone() for k, v in predictor.model.state_dict().items()}
+    made = export_model(predictor, tmp_path / 'new/model.onnx')
+    assert made['outputs'] == ['logits', 'evidence'][:1 + (head != 'pixel')] and max(made['deviation'].values()) < 1e-4
+    session = onnxruntime.InferenceSession(made['file'], providers=['CPUExecutionProvider'])
+    facts = json.loads(session.get_modelmeta().custom_metadata_map['scaleprotoseg'])
+    assert facts == json.loads(json.dumps(description(predictor))) and facts['labels']['names'][9] == 'zebra'
+    for image in (DATA[0].image[None], torch.rand(1, 3, 71, 130)):
+        logits, *evidence = (torch.from_numpy(x) for x in session.run(None, {'image': image.numpy()}))
+        with torch.no_grad(): want = predictor.model(image).logits
+        for got in (logits, *(torch.einsum('tce,bcehw->bthw', torch.tensor(facts['last']), x) for x in evidence)):
+            assert (got - want).abs().max() < 1e-4 * want.abs().max()      # groups grow to 10^4 where a prototype is met
+    assert all(torch.equal(v, before[k]) for k, v in predictor.model.state_dict().items())
+    assert all(p.requires_grad for p in predictor.model.parameters())
+
+
+def test_a_program_of_torch_for_one_size(stages, tmp_path):
+    predictor = load(stages['groups'])
+    done = CliRunner().invoke(app, ['deploy', str(stages['groups']), str(tmp_path / 'model.pt2'), '--size', '64', '96'])
+    assert done.exit_code == 0 and 'logits within' in done.stdout, done.output
+    extra = {'scaleprotoseg': ''}
+    with open(tmp_path / 'model.pt2', 'rb') as f: program = torch.export.load(f, extra_files=extra).module()
+    logits, evidence = program(DATA[0].image[None])
+    with torch.no_grad(): out = predictor.model(DATA[0].image[None], ['groups'])
+    torch.testing.assert_close(logits, out.logits), torch.testing.assert_close(evidence, out.groups)
+    assert json.loads(extra['scaleprotoseg'])['evidence'] == ['group 1', 'group 2', 'group 3']
+
+
+@pytest.mark.parametrize('name, size, match', [('model.tflite', None, 'expected a name that ends in .onnx or .pt2'), ('model', (64, 96), 'expected a name'),
+                                               ('model.pt2', None, 'give their height and width')])
+def test_wrong_wishes_are_refused(stages, tmp_path, name, size, match):
+    with pytest.raises(ValueError, match=match): export_model(load(stages['groups']), tmp_path / name, size)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_with_other_numbers_is_not_kept(stages, tmp_path, monkeypatch):
+    write, run = deploy.WRITERS['.pt2']
+    monkeypatch.setitem(deploy.WRITERS, '.pt2', (write, lambda file, image: [1.01 * x for x in run(file, image)]))
+    (tmp_path / 'model.pt2').write_text('an earlier file')
+    with pytest.raises(ValueError, match='would give other numbers than the model: 0.01'): export_model(load(stages['groups']), tmp_path / 'model.pt2', (64, 96))
+    assert [p.read_text() for p in tmp_path.iterdir()] == ['an earlier file']
