@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .explain import evidence_kind, evidence_maps, evidence_names
+from .explain import evidence_kind, evidence_maps, evidence_names, evidence_weights
 from .model import Model, replace_file
 from .predict import Predictor
 
@@ -36,8 +36,7 @@ def description(predictor: Predictor) -> dict:
     model, labels = predictor.model, predictor.labels.to_dict()
     facts = {'source': str(predictor.folder), 'labels': labels, 'evaluation': asdict(predictor.how), 'input': 'image (1, 3, H, W), RGB in 0..1'}
     if model.prototypes is None: return facts
-    return {**facts, 'evidence': evidence_names(model), 'last': model.head.last.detach().flatten(2).cpu().tolist(),
-            'exists': model.head.evidence(model.prototypes.alive).flatten(1).cpu().tolist()}
+    return {**facts, 'evidence': evidence_names(model), 'last': evidence_weights(model).cpu().tolist()}   # 0 from dead prototypes
 
 # %% ../nbs/15_deploy.ipynb #cell-07
 TOLERANCE = 1e-3   # of the largest number of an output, between the model and its file

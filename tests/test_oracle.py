@@ -87,12 +87,14 @@ def test_scores_are_those_of_the_equations_in_any_chunks(case, chunk):
     for head, scores in heads:
         model = case.model(head)
         whole, pieces = model.score(case.features, OUTPUTS), model.score(case.features, OUTPUTS, chunk)
+        with torch.no_grad(): packed = model.score(case.features, ['groups'], chunk)      # of the used prototypes alone
         assert torch.equal(pieces.features, case.features)
         for name, value in (want | scores).items():
             # a logit is a sum of group activations up to 1e4 of either sign: errors are relative to those
             scale = max(1., u.max()) if name == 'logits' and head is case.grouped else 1.
             close(getattr(whole, name) / scale, value / scale)
             close(getattr(pieces, name) / scale, value / scale)
+            if name in ('logits', 'groups'): close(getattr(packed, name) / scale, value / scale)
             assert getattr(whole, name).dtype == case.features.dtype
         assert (whole.groups is None) == (pieces.groups is None) == (head is case.linear)
 
