@@ -2,13 +2,14 @@
 
 `python benchmarks/network.py [--dataset Cityscapes] [--threads N] [--device cuda] [--precision bf16] [--batch N]`
 On a GPU the same rows at a batch that fills it; `training step` is forward, losses, backward and the optimiser."""
+import statistics
 import sys
 from contextlib import nullcontext
 
 import torch
 import typer
 from sizes import CHANNELS, GROUPS, PER_CLASS, SCALES, SIZES, above_start, in_own_process, in_turns, random, row, save, squares
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop
 
 from scaleprotoseg.model import Model, build_model
 from scaleprotoseg.recipes import Train
@@ -51,6 +52,19 @@ def training(dataset, head, pixels, batch, device, autocast):
     return step(model, image, label, make_optimizer(model, train), train, autocast)
 
 
+def head_and_losses(dataset, pixels, batch, device, autocast):
+    "What a joint step of ScaleProtoSeg does after the backbone: forward, losses, and backward to the features."
+    model = network(dataset, 'stage 1', device=device).train()
+    train, cells = Train(steps=1, lr=RATES, diversity=0.25, l1=1e-4), -(-pixels // 8)
+    features = random(batch, SCALES, CHANNELS, cells, cells).to(device).requires_grad_()
+    label = torch.stack([squares(SIZES[dataset].present, (pixels, pixels), 40, i) for i in range(batch)]).to(device)
+    def run():
+        features.grad = None
+        with autocast(): losses = stage_losses(model.score(features, ['distances']), label, model, train)
+        sum(losses.values()).backward()
+    return run
+
+
 def inference(dataset, pixels, batch, device, autocast):
     "The parts and the wholes of a prediction."
     models = {'grouped': network(dataset, 'groups', device=device), 'ProtoSeg': network(dataset, 'linear', device=device),
@@ -69,7 +83,7 @@ def inference(dataset, pixels, batch, device, autocast):
 
 def flops(f) -> int:
     "Floating-point operations of matrix products and convolutions."
-    with FlopCounterMode(display=False) as counter: f()
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flop}) as counter: f()
     return counter.get_total_flops()
 
 
@@ -91,14 +105,16 @@ def main(dataset: str = 'Cityscapes', pixels: int = 513, batch: int = 1, threads
     wholes, heads = inference(dataset, pixels, batch, device, autocast)
     counted = {f'GFLOP {k}': flops(f) / 1e9 for k, f in {**wholes, **heads}.items() if k in ('backbone', 'grouped head', 'linear head')}
     seconds = in_turns({**wholes, **heads}, repeats, 600)
-    share = sum(seconds['grouped head']) / sum(seconds['backbone'])
+    share = statistics.median(seconds['grouped head']) / statistics.median(seconds['backbone'])
     title = f'{dataset}, {pixels}×{pixels}, batch {batch}, {precision}'
     rows = [row(title, 'inference', seconds, '', 'linear', 'grouped', **{'grouped head/backbone': share}, **counted,
-                **{'grouped it/s : ProtoSeg it/s': sum(seconds['ProtoSeg']) / sum(seconds['grouped'])})]
+                **{'grouped it/s : ProtoSeg it/s': statistics.median(seconds['ProtoSeg']) / statistics.median(seconds['grouped'])})]
     if steps:
         forms = {name: training(dataset, head, pixels, batch, device, autocast)
                  for name, head in {'ScaleProtoSeg, joint': 'stage 1', 'ProtoSeg, joint': 'linear', 'linear': 'pixel'}.items()}
-        rows.append(row(title, 'training step', in_turns(forms, repeats, 600), '', 'linear', 'ScaleProtoSeg, joint'))
+        seconds = in_turns({**forms, 'head + losses': head_and_losses(dataset, pixels, batch, device, autocast)}, repeats, 600)
+        share = statistics.median(seconds['head + losses']) / statistics.median(seconds['ScaleProtoSeg, joint'])
+        rows.append(row(title, 'training step', seconds, '', 'linear', 'ScaleProtoSeg, joint', **{'head + losses/step': share}))
     if memories and device == 'cpu':
         for name in ('Cityscapes', 'ADE20K'):
             mb = {head: in_own_process(__file__, 'memory', name, head, 'evaluation', '0') for head in ('groups', 'linear', 'pixel')}
