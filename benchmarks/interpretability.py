@@ -3,11 +3,12 @@
 `python benchmarks/interpretability.py`. Each measurement is a process of its own, so that peaks of memory do not mix; the two
 forms of one size take turns. No network is run: random similarity maps and random parts of the papers' sizes."""
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+
+from sizes import above_start, row, save
 
 SIZES = {   # classes, prototypes per class and scale, classes in the image, map, image
     'Cityscapes, 228 prototypes': (19, 3, 12, (129, 257), (1024, 2048)),
@@ -44,36 +45,36 @@ def loop(clean, noisy, label, parts):
     return hits
 
 
-def measure(work, size):
+def measure(work: str, size: str) -> dict:
     "Seconds for one image, and by how many MB the peak of memory rises above what is there before."
     import torch
     from scaleprotoseg.interpretability import GroupOverlap, PartScores
     torch.set_num_threads(1)
     clean, noisy, groups, label, parts = example(size)
-    shape = tuple(clean.shape[1:4])
+    shape, seconds = tuple(clean.shape[1:4]), []
     def run():
+        start = time.perf_counter()
         if work == 'parts': PartScores(shape, 6).update(clean, noisy, label, parts)
         elif work == 'overlap': GroupOverlap(torch.ones(shape[1], 3, dtype=torch.bool)).update(groups, label)
         else: loop(clean, noisy, label, parts)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    run()
-    return {'seconds': time.perf_counter() - start, 'mb': (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+        seconds.append(time.perf_counter() - start)
+    return {'mb': above_start(run), 'seconds': seconds[0]}
 
 
 def main():
-    "The table: medians, the ratio of the loop to the product, and the memory of all maps at image size."
-    print('| size | work | seconds | loop / product | MB above the maps | MB of all maps enlarged |\n| --- | --- | --- | --- | --- | --- |')
+    "Medians, the ratio of the loop to the product, and memory."
+    import torch
+    torch.set_num_threads(1)
+    rows = []
     for size, (C, K, _, _, (H, W)) in SIZES.items():
         found = {w: [] for w in WORK}
         for _ in range(REPEATS):
-            for w in WORK:
-                out = subprocess.run([sys.executable, __file__, w, size], capture_output=True, text=True, check=True).stdout
-                found[w].append(json.loads(out))
-        middle = {w: {k: statistics.median(x[k] for x in xs) for k in xs[0]} for w, xs in found.items()}
-        for w, m in middle.items():
-            ratio = f'{middle["parts, loop"]["seconds"] / m["seconds"]:.1f}' if w == 'parts' else '—'
-            print(f'| {size} | {w} | {m["seconds"]:.2f} | {ratio} | {m["mb"]:.0f} | {4 * C * K * H * W * 4 / 2 ** 20:.0f} |', flush=True)
+            for w in WORK: found[w].append(json.loads(subprocess.run([sys.executable, __file__, w, size], capture_output=True, text=True, check=True).stdout))
+        seconds, mb = ({w: [x[k] for x in xs] for w, xs in found.items()} for k in ('seconds', 'mb'))
+        rows.append(row(size, 'consistency and stability, one image', {'product': seconds['parts'], 'published': seconds['parts, loop'], 'group overlap': seconds['overlap']},
+                        'published', **{'MB product': statistics.median(mb['parts']), 'MB overlap': statistics.median(mb['overlap']),
+                                        'MB of all maps enlarged': 4 * C * K * H * W * 4 / 2 ** 20}))
+    save('interpretability', rows)
 
 
 if __name__ == '__main__':
