@@ -34,7 +34,7 @@ class Deployed(nn.Module):
 def description(predictor: Predictor) -> dict:
     "JSON-plain: what the numbers of a deployed model mean."
     model, labels = predictor.model, predictor.labels.to_dict()
-    facts = {'source': str(predictor.folder), 'labels': labels, 'evaluation': asdict(predictor.how), 'input': 'image (1, 3, H, W), RGB in 0..1'}
+    facts = {'source': '/'.join(predictor.folder.parts[-4:]), 'labels': labels, 'evaluation': asdict(predictor.how), 'input': 'image (1, 3, H, W), RGB in 0..1'}
     if model.prototypes is None: return facts
     return {**facts, 'evidence': evidence_names(model), 'last': evidence_weights(model).cpu().tolist()}   # 0 from dead prototypes
 
