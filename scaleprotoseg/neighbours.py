@@ -509,8 +509,8 @@ def plot_group_agreement(table: pd.DataFrame,   # of `group_agreement`
     ys = np.arange(len(rows)) + 0.3 * (rows['class'] == 'all')
     x = 100 * rows[['together', 'apart']]
     ax.hlines(ys, x.min(axis=1), x.max(axis=1), color='0.8', lw=2, zorder=1)
-    ax.scatter(x.apart, ys, marker='o', s=28, facecolor='white', edgecolor='#0072b2', linewidth=1.4, label='no common group', zorder=2)
-    ax.scatter(x.together, ys, marker='o', s=32, color='#d55e00', label='same group', zorder=3)
+    ax.scatter(x.apart, ys, marker='o', s=28, facecolor='white', edgecolor='#0072b2', linewidth=1.4, label='no common group', zorder=2, clip_on=False)
+    ax.scatter(x.together, ys, marker='o', s=32, color='#d55e00', label='same group', zorder=3, clip_on=False)
     ax.scatter(100 * rows.chance, ys, marker='|', s=60, color='0.4', linewidth=1.4, label='random marks', zorder=1)
     names = [f'{r["class"]}  ({r.pairs_together} + {r.pairs_apart} pairs)' for _, r in rows.iterrows()]
     ax.set(yticks=ys, yticklabels=names, ylim=(len(rows) - 0.2, -0.7), xlim=(0, None), xlabel='overlap of two prototypes (mean IoU, %)')
