@@ -24,12 +24,12 @@ def snakemake(*args, cwd=ROOT, **env):
     return done.stdout + done.stderr
 
 
-def dry_run(folder, experiment, profile='', **config):
+def dry_run(folder, experiment, profile='', target='all', **config):
     """The jobs that would run, as (rule, wildcards, threads, resources, command); needs no executor, for that part of the profile is left out."""
     shared = {k: v for k, v in PROFILES.get(profile, {}).items() if not k.startswith(('executor', f'{PROFILES[profile]["executor"]}-'))}
     (folder / 'config.yaml').write_text(yaml.safe_dump(shared))
     said = snakemake('--dry-run', '--forceall', '--printshellcmds', '--cores', '64', '--profile', str(folder),
-                     '--config', f'experiment={experiment}', *(f'{k}={v}' for k, v in config.items()))
+                     '--config', f'experiment={experiment}', *(f'{k}={v}' for k, v in config.items()), '--', target)
     line = r'(?:    \w.*\n)*'
     block = rf'^(?:local)?rule (\w+):\n{line}?(?:    wildcards: (.+)\n)?(?:    threads: (\d+)\n)?    resources: (.+)\nShell command: (.+)$'
     pairs = lambda text: dict(x.split('=', 1) for x in text.split(', ')) if text else {}
@@ -54,18 +54,19 @@ def test_the_clusters_differ_only_in_how_jobs_are_submitted():
     assert slurm == kubernetes
 
 
-@pytest.mark.parametrize('experiment', ['em', 'pascal-ablations'])
-def test_every_method_and_seed_is_a_job_with_limits(tmp_path, experiment):
-    jobs = dry_run(tmp_path, experiment, 'slurm', device='cuda', precision='bf16-mixed', data_root='/data')
+@pytest.mark.parametrize('experiment, target, data_root', [('em', 'trained', '/data'), ('pascal-ablations', 'all', '')])
+def test_every_method_and_seed_is_a_job_with_limits(tmp_path, experiment, target, data_root):
+    jobs = dry_run(tmp_path, experiment, 'slurm', target, device='cuda', precision='bf16-mixed', data_root=data_root)
     trainings = [j for j in jobs if j[0] == 'train']
     first = [find_recipe(experiment, r.init) for r in recipes_of(experiment) if r.init]      # what they start from
     expected = {(r.name.split('/')[1], str(seed)) for r in [*recipes_of(experiment), *first] for seed in r.seeds}
     assert {(w['method'], w['seed']) for _, w, *_ in trainings} == expected and len(trainings) == len(expected)
     for _, w, threads, resources, command in trainings:
         assert threads == 8 and resources.items() >= {'gpu': '1', 'mem_mb': '16000', 'runtime': '1440'}.items()
-        assert f'--seed {w["seed"]} --device cuda --precision bf16-mixed --data-root /data --max-minutes 1430 --marker runs/{experiment}/' in command
+        place = f'--data-root {data_root}' if data_root else ''
+        assert f'--seed {w["seed"]} --device cuda --precision bf16-mixed {place} --max-minutes 1430 --marker runs/{experiment}/' in command
     readings = [j for j in jobs if j[0] == 'read']
-    assert readings and all(threads == 4 and r['runtime'] == '240' and 'OMP_NUM_THREADS=4' in command for *_, threads, r, command in readings)
+    assert bool(readings) == (target == 'all') and all(threads == 4 and r['runtime'] == '240' and 'OMP_NUM_THREADS=4' in command for *_, threads, r, command in readings)
 
 
 def test_on_one_machine_a_training_has_all_cores_and_no_limit(tmp_path):
