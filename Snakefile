@@ -10,6 +10,7 @@ EXPERIMENT = config.get("experiment", "demo")
 DATA_ROOT = config.get("data_root", "")
 DEVICE = config.get("device", "auto")
 PRECISION = config.get("precision", "32-true")
+GPU = 0 if DEVICE == "cpu" else 1
 RECIPES = {r.name.split("/")[1]: r for r in recipes_of(EXPERIMENT)}
 PAPERS = [f"{paper}/{name}" for paper, name in paper_notebooks(EXPERIMENT)]
 
@@ -26,6 +27,17 @@ def start(w):
 
 
 MARKERS = [marker(r, seed) for r in RECIPES.values() for seed in r.seeds]
+
+
+def time_limit(w, resources):
+    """On a cluster, whose profile sets `runtime`: stop while there is time to save; `retries` continues."""
+    minutes = resources.get("runtime")
+    return f"--max-minutes {max(minutes - 10, minutes / 2):g}" if minutes else ""
+
+
+# gathers files that are there; no job of its own on a cluster
+localrules:
+    report,
 
 
 wildcard_constraints:
@@ -51,16 +63,19 @@ rule train:
         start,
     output:
         f"runs/{EXPERIMENT}/{{method}}/seed{{seed}}/finished-{{digest}}.json",
-    threads: workflow.cores
+    # asked only on one machine: a training takes all of it; on a cluster the profile says how many cores a job has
+    threads: lambda w: workflow.cores
     resources:
-        gpu=1,
+        gpu=GPU,
+        mem_mb=16_000,
     params:
         method=lambda w: RECIPES[w.method].method,
         variant=lambda w: RECIPES[w.method].variant and f"--variant {RECIPES[w.method].variant}",
         data=f"--data-root {quote(DATA_ROOT)}" if DATA_ROOT else "",
+        limit=time_limit,
     shell:
         "scaleprotoseg run {EXPERIMENT} {params.method} {params.variant} --seed {wildcards.seed} "
-        "--device {DEVICE} --precision {PRECISION} {params.data} --marker {output}"
+        "--device {DEVICE} --precision {PRECISION} {params.data} {params.limit} --marker {output}"
 
 
 rule read:
@@ -69,6 +84,9 @@ rule read:
         notebook="nbs/paper/{paper}.ipynb",
     output:
         f"figures/{EXPERIMENT}/{{paper}}.ipynb",
+    resources:
+        gpu=GPU,   # some measure trained models on all validation images
+        mem_mb=8_000,
     params:
         data=lambda w, input: f"-p data_root={quote(DATA_ROOT)}" if DATA_ROOT and "data_root" in notebook_parameters(input.notebook) else "",
     shell:
