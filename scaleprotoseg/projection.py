@@ -90,6 +90,13 @@ class Projection:
         maps = similarities[0].cpu()[s, c, k].half().numpy()
         self.maps |= {key: m for key, m in zip(zip(s.tolist(), c.tolist(), k.tolist()), maps)}
 
+    def merge_(self, other: 'Projection'):
+        "Take over what is nearer in `other`, over other images of the same dataset; equal distances keep the earlier image."
+        better = (other.distance < self.distance) | (other.distance == self.distance) & (other.image >= 0) & (other.image < self.image)
+        for name in ('vectors', 'distance', 'image', 'cell'): getattr(self, name)[better] = getattr(other, name)[better]
+        self.maps |= {key: other.maps[key] for key in map(tuple, torch.nonzero(better).tolist())}
+        self.first = min((x.first for x in (self, other) if x.first), key=lambda first: first[0], default=None)
+
     @torch.no_grad()
     def apply_(self, prototypes: Prototypes, legacy_absent: bool = False) -> dict:
         """Move the prototypes; returns how many were `projected`, `absent` (class never seen) and `duplicate`.

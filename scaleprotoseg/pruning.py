@@ -73,13 +73,18 @@ class NearestPatches:
         value, cell, label = (x[0].cpu() for x in (value, cell, label))
         same = lambda n: torch.full_like(cell, n)
         facts = torch.stack([same(image), label, cell // w, cell % w, same(h), same(w)], -1)
-        self._merge(value.masked_fill(~self.alive, torch.inf), facts)
+        self._take(value.masked_fill(~self.alive, torch.inf)[..., None], facts[..., None, :])
 
-    def _merge(self, value: Tensor, facts: Tensor):   # (S, C, K), (S, C, K, 6)
-        distance = torch.cat([self.distance, value[..., None].to(self.distance.dtype)], -1)
-        order = torch.sort(distance, dim=-1, stable=True).indices[..., :self.k]   # stable: of equals the earlier image
-        self.distance = distance.gather(-1, order)
-        self.facts = torch.cat([self.facts, facts[..., None, :]], -2).take_along_dim(order[..., None], -2)
+    def merge_(self, other: 'NearestPatches'):
+        "Take over what is nearer in `other`, over other images of the same dataset."
+        self._take(other.distance, other.facts)
+        self.images, self.last = self.images + other.images, max(self.last, other.last)
+
+    def _take(self, distance: Tensor, facts: Tensor):   # (S, C, K, n), (S, C, K, n, 6)
+        distance, facts = torch.cat([self.distance, distance.to(self.distance.dtype)], -1), torch.cat([self.facts, facts], -2)
+        earlier = facts[..., 0].argsort(dim=-1, stable=True)                     # of equals the earlier image
+        order = earlier.gather(-1, distance.gather(-1, earlier).argsort(dim=-1, stable=True))[..., :self.k]
+        self.distance, self.facts = distance.gather(-1, order), facts.take_along_dim(order[..., None], -2)
 
     def own(self) -> Tensor:  # (S, C, K) int64, 0..k
         "How many of a prototype's patches show its class."

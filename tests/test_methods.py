@@ -16,7 +16,7 @@ from scaleprotoseg.model import build_model, load_model
 from scaleprotoseg.predict import load
 from scaleprotoseg.recipes import Train, find_recipe
 from scaleprotoseg.runs import is_finished, read_metrics
-from scaleprotoseg.training import make_optimizer, mean_losses, run_method, stage_losses
+from scaleprotoseg.training import make_optimizer, mean_losses, passes, run_method, stage_losses, update_counts
 
 OTHER = dict(pascal=0, cityscapes=7, ade20k=1, cocostuff=0, em=0)     # a second value of label files
 
@@ -113,17 +113,33 @@ def test_deeplabs_own_optimiser_has_four_rates():
     assert len(weights['params']) == len(biases['params']) == 4
 
 
-def test_accumulated_batches_equal_one_batch_with_frozen_batch_norm():
-    """5 x 2 is a batch of 10 where every image has as many labelled cells (spec 11.5)."""
-    model = small().double().train_only_(['aspp', 'prototypes'])
-    image, label = torch.rand(4, 3, 65, 65).double(), torch.randint(0, 3, (4, 65, 65))
-    gradients = []
-    for pieces in (1, 2):
+def test_parts_of_an_update_add_up_to_one_large_batch():
+    """Unequal numbers of labelled cells, an image of nothing but void, losses that look at no image, input scales (spec 11.5)."""
+    model = small(inputs=[.5]).double().train_only_(['aspp', 'prototypes', 'last'])
+    image, label = torch.rand(4, 3, 65, 65).double(), torch.randint(-1, 3, (4, 65, 65))
+    label[0, :, 9:], label[3] = -1, -1
+    train, gradients = Train(1, {}, diversity=.25, l1=1e-3), []
+    for sizes in ((4,), (1, 3), (1, 1, 1, 1)):
         model.zero_grad()
-        for x, y in zip(image.chunk(pieces), label.chunk(pieces)):
-            (sum(mean_losses(model.outputs(x), y, model, Train(1, {})).values()) / pieces).backward()
-        gradients.append(model.prototypes.vectors.grad.clone())
-    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+        for x, y in zip(image.split(list(sizes)), label.split(list(sizes))):
+            outputs = model.outputs(x, ('distances',))
+            whole = update_counts(outputs, label, model, train)
+            sum(mean_losses(outputs, y, model, train, whole, 1 / len(sizes)).values()).backward()
+        gradients.append([p.grad.clone() for p in (model.prototypes.vectors, model.head.last)])
+    for parts in gradients[1:]: torch.testing.assert_close(parts, gradients[0], rtol=1e-9, atol=1e-12)
+    model.zero_grad()
+    sum(mean_losses(model.outputs(image, ('distances',)), label, model, train).values()).backward()
+    torch.testing.assert_close([model.prototypes.vectors.grad, model.head.last.grad], gradients[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('batch, accumulate, worlds', [(2, 5, (1, 2, 5, 10)), (10, 1, (1, 2, 5, 10)), (1, 6, (1, 2, 3, 6))])
+def test_processes_together_see_the_images_of_an_update(batch, accumulate, worlds):
+    train = Train(3, {}, batch=batch, accumulate=accumulate)
+    for world in worlds:
+        seen = [passes(2, train, rank, world) for rank in range(world)]
+        assert sorted(p for parts in seen for part in parts for p in part) == list(range(2 * batch * accumulate, 3 * batch * accumulate))
+        assert len({tuple(map(len, parts)) for parts in seen}) == 1                   # all do the same work
+        assert max(len(part) for parts in seen for part in parts) <= batch
 
 
 def test_a_variant_takes_over_the_stages_it_shares(tmp_path, monkeypatch, capsys):

@@ -87,8 +87,8 @@ def test_logged_diversity_is_that_of_the_shifted_labels(run, out):
     job = Job(recipe, recipe.last, 0, out, None, None, lambda: '')
     model, _ = start_model(job, job.data('val').labels)
     model.train_only_(recipe.last.train.lr)
-    batches = StepBatches(job.data('train'), recipe.data, recipe.last.train.batch, model.backbone.mean.flatten().tolist(), 0, 'warmup')
-    image, label = batches[0]
+    batches = StepBatches(job.data('train'), recipe.data, model.backbone.mean.flatten().tolist(), 0, 'warmup')
+    image, label = batches[range(recipe.last.train.batch)]
     with torch.no_grad(): (result,) = model.outputs(image, ('distances',))
     label = reduce_labels(label, result.logits.shape[-2:])
     shifted = label + 1
