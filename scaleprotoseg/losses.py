@@ -99,8 +99,8 @@ def off_class_l1(last: Tensor,   # (C, C, ...): to class, from class, further di
                  alive: Tensor,  # broadcastable to last[0]: which evidence exists
                 ) -> Tensor:     # scalar, >= 0
     "Sum of |w| over living evidence of other classes."
-    other = ~torch.eye(len(last), dtype=torch.bool, device=last.device)
-    return (last * alive).abs().flatten(2).sum(-1)[other].sum()
+    own = torch.eye(len(last), dtype=torch.bool, device=last.device)
+    return (last * alive).abs().flatten(2).sum(-1).masked_fill(own, 0.).sum()
 
 # %% ../nbs/07_losses.ipynb #cell-24
 def group_entropy(weights: Tensor,  # (C, G, S, K), rows on the simplex
