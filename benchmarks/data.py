@@ -1,6 +1,6 @@
 """Training samples from files: ms per image on one core, beside decoding alone and the published order of the steps.
 
-`python benchmarks/data.py [--only NAME]`"""
+The published program scales bytes, and rounds; the product scales floats. `python benchmarks/data.py [--only NAME]`"""
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
