@@ -1,9 +1,17 @@
-"""The published structure, once more from its description: convolutions with filters of ones, loops over classes, images and pairs.
+"""The published structure, once more from its description: convolutions with filters of ones, loops over classes, images and pairs,
+images scaled in whole.
 
 What is slow there is slow here; what is computed is the same, which `tests/test_benchmarks.py` checks. Shapes are the package's."""
+from pathlib import Path
+
+import cv2
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+
+from scaleprotoseg.transforms import IMAGENET_MEAN, Augment
 
 
 def distances(features: Tensor, prototypes: Tensor) -> Tensor:  # (B, S, D, h, w), (S, C, K, D) -> (B, P, h, w), scale by scale
@@ -74,3 +82,27 @@ def nearest_cells(distance: Tensor, label: Tensor, value_of: dict[int, int]) -> 
                 masked = distance[s, c, k] + (1 - planes[c]) * 1e10
                 found.append((masked.min().item(), masked.argmin().item()) if planes[c].any().item() else (float('inf'), -1))
     return found
+
+
+def sample(image: Path, label: Path, page: int, table: np.ndarray,  # (256,) file value -> class + 1, 0 for void
+           how: Augment, rng: np.random.Generator, fill=IMAGENET_MEAN) -> tuple[Tensor, Tensor]:  # (3, h, w) in [0, 1], (h, w)
+    "A training sample with every step on the whole image (spec 6.1): map labels, scale, divide by 255, pad, crop, flip."
+    pixels, values = (np.asarray(decode(path, page, mode)) for path, mode in ((image, 'RGB'), (label, 'L')))
+    draw = how.draw(values.shape, rng)
+    (h, w), (top, left), (height, width) = draw.size, draw.corner, how.crop
+    x = cv2.resize(pixels, (w, h), interpolation=cv2.INTER_LINEAR).astype(np.float32) / 255
+    y = np.asarray(Image.fromarray(table[values]).resize((w, h), Image.Resampling.NEAREST))
+    below, right = max(height - h, 0), max(width - w, 0)
+    x = cv2.copyMakeBorder(x, 0, below, 0, right, cv2.BORDER_CONSTANT, value=fill)
+    y = np.pad(y, ((0, below), (0, right)))
+    x, y = x[top:top + height, left:left + width], y[top:top + height, left:left + width]
+    if draw.flip: x, y = x[:, ::-1], y[:, ::-1]
+    return torch.from_numpy(x.transpose(2, 0, 1).copy()), torch.from_numpy(y.astype(np.int64)) - 1
+
+
+def decode(path: Path, page: int, mode: str) -> Image.Image:
+    "A picture, decoded by Pillow and nothing else."
+    with Image.open(path) as im:
+        im.seek(page)
+        im.load()
+    return im if im.mode in (mode, 'P') else im.convert(mode)          # palette indices stay

@@ -26,9 +26,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['DATASETS', 'palette', 'Labels', 'Sample', 'Dataset', 'read_ahead', 'UnknownName', 'lookup', 'register_dataset',
-           'open_dataset', 'rng', 'image_to_tensor', 'read_image', 'read_label', 'read_pair', 'Folder', 'em_validation',
-           'EM', 'fingerprint', 'check_dataset']
+__all__ = ['DATASETS', 'palette', 'Labels', 'in_unit', 'Sample', 'Dataset', 'read_ahead', 'UnknownName', 'lookup',
+           'register_dataset', 'open_dataset', 'rng', 'image_to_tensor', 'read_pixels', 'read_image', 'read_label',
+           'read_pair', 'Folder', 'em_validation', 'EM', 'fingerprint', 'check_dataset']
 
 # %% ../nbs/00_data.ipynb #cell-05
 _OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
@@ -84,10 +84,27 @@ class Labels:
         return cls(names, tuple(map(tuple, d.get('colors') or palette(len(names)))), parts)
 
 # %% ../nbs/00_data.ipynb #cell-10
+def in_unit(pixels: Tensor,  # uint8 0..255, or float32 in [0, 1]
+            order: torch.memory_format = torch.contiguous_format   # in memory, if it was uint8
+           ) -> Tensor:      # float32 in [0, 1]
+    "Pixels as floats: bytes divided by 255, floats as they are."
+    if pixels.dtype != torch.uint8: return pixels
+    # one pass, then in place: each further pass over a large image costs milliseconds
+    return pixels.to(torch.float32, memory_format=order).div_(255)
+
+class _Image:
+    "Whatever was given is `sample.pixels`; `sample.image` is floats, made on first use."
+    def __get__(self, sample: Sample | None, owner: type | None = None) -> Tensor:
+        if sample is None: raise AttributeError('image')   # the field has no default
+        sample.pixels = in_unit(sample.pixels)
+        return sample.pixels
+
+    def __set__(self, sample: Sample, pixels: Tensor): sample.pixels = pixels
+
 @dataclass
 class Sample:
     "One image with its labels. `parts` and `depth` are there only if the dataset knows them."
-    image: Tensor                # (3, H, W) float32 RGB in [0, 1]
+    image: Tensor = _Image()     # (3, H, W) float32 RGB in [0, 1]; may be given as uint8
     label: Tensor                # (H, W) int64, classes 0..C-1, void -1
     id: str
     parts: Tensor | None = None  # (H, W) int64, 0 no part, i+1 the i-th part of the pixel's class
@@ -106,12 +123,15 @@ def read_ahead(ds: Dataset, threads: int = min(8, os.cpu_count() or 1)) -> Itera
     if getattr(ds, 'in_memory', False):
         yield from (ds[i] for i in range(len(ds)))
         return
+    def read(i):
+        (sample := ds[i]).image   # noqa: B018, the threads make the floats too
+        return sample
     pool, order = ThreadPoolExecutor(threads), iter(range(len(ds)))
-    ahead = deque(pool.submit(ds.__getitem__, i) for i in islice(order, 2 * threads))
+    ahead = deque(pool.submit(read, i) for i in islice(order, 2 * threads))
     try:
         while ahead:
             sample = ahead.popleft().result()
-            ahead.extend(pool.submit(ds.__getitem__, i) for i in islice(order, 1))
+            ahead.extend(pool.submit(read, i) for i in islice(order, 1))
             yield sample
     finally: pool.shutdown(cancel_futures=True)
 
@@ -186,8 +206,8 @@ def _unit_grey(im: Image.Image) -> np.ndarray:
         raise ValueError(f'{im.mode!r} pixels outside the range 0..{1 if im.mode == "F" else 65535}')
     return x
 
-def image_to_tensor(im: Image.Image  # any mode
-                   ) -> Tensor:      # (3, H, W) float32 RGB in [0, 1]
+def _pixels(im: Image.Image  # any mode
+           ) -> Tensor:      # (3, H, W) RGB: uint8, or float32 in [0, 1] if the picture has more than 8 bits
     """An opened picture as a tensor: turned as its EXIF tag says, grey repeated to RGB, transparency dropped.
 
     Greyscale of 16 bits is divided by 65535. ValueError for 32-bit pixels outside 0..65535 or floats outside 0..1.
@@ -196,15 +216,24 @@ def image_to_tensor(im: Image.Image  # any mode
     if im.mode in ('I', 'F') or im.mode.startswith('I;16'):
         return torch.from_numpy(_unit_grey(im)).expand(3, -1, -1).contiguous()
     if im.mode == 'P' and 'transparency' in im.info: im = im.convert('RGBA')
-    return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1).contiguous().float() / 255
+    return torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1)
 
-def read_image(path: str | Path,
-               frame: int = 0  # page of a multi-page TIFF
-              ) -> Tensor:     # (3, H, W) float32 RGB in [0, 1]
-    "Read a picture, see `image_to_tensor`. FileNotFoundError if missing, ValueError if damaged; both name the file."
+def image_to_tensor(im: Image.Image  # any mode
+                   ) -> Tensor:      # (3, H, W) float32 RGB in [0, 1]
+    "An opened picture as a tensor, see `_pixels`; bytes are divided by 255."
+    return in_unit(_pixels(im))
+
+def read_pixels(path: str | Path,
+                frame: int = 0  # page of a multi-page TIFF
+               ) -> Tensor:     # (3, H, W) RGB: uint8, or float32 in [0, 1] if the file has more than 8 bits
+    "Read a picture as a `Sample` takes it. FileNotFoundError if missing, ValueError if damaged; both name the file."
     im = _decode(path, 'an image', frame)
-    try: return image_to_tensor(im)
+    try: return _pixels(im)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e
+
+def read_image(path: str | Path, frame: int = 0) -> Tensor:  # (3, H, W) float32 RGB in [0, 1]
+    "`read_pixels`, as floats."
+    return in_unit(read_pixels(path, frame))
 
 # %% ../nbs/00_data.ipynb #cell-27
 def _span(values: Iterable[int], most: int = 12) -> str:
@@ -219,13 +248,12 @@ def _span(values: Iterable[int], most: int = 12) -> str:
 _NO_CLASS = -2
 
 def _raw_labels(path: str | Path, frame: int = 0) -> np.ndarray:
-    "File values of a single-channel label file, (H, W) int64 in 0..65535."
+    "File values of a single-channel label file, (H, W) in 0..65535, of the type they have there."
     im = _decode(path, 'a label map: one channel, palette indices or greyscale', frame)
     raw = np.asarray(im)
     if raw.ndim != 2 or raw.dtype.kind not in 'bui':
         raise ValueError(f'{path} has mode {im.mode}; expected a single channel whose values are class ids '
                          '(palette indices, 8- or 16-bit greyscale). Save the ids, not their colours.')
-    raw = raw.astype(np.int64)
     if raw.min() < 0 or raw.max() > 65535:
         raise ValueError(f'{path} holds values {raw.min()}..{raw.max()}; expected 8- or 16-bit values, 0..65535.')
     return raw
@@ -241,16 +269,16 @@ def read_label(path: str | Path,
     """
     raw, table = _raw_labels(path, frame), np.full(1 << 16, _NO_CLASS, np.int64)
     table[list(mapping)] = list(mapping.values())
-    label = table[raw]
+    label = table.take(raw)   # table[raw] takes longer
     if (unknown := label == _NO_CLASS).any():
-        raise ValueError(f'{path} holds the value(s) {_span(np.unique(raw[unknown]).tolist())}, which have no class; '
+        raise ValueError(f'{path} holds the value(s) {_span(np.unique(raw[unknown].astype(int)).tolist())}, which have no class; '
                          f'expected {_span(mapping)}.')
     return torch.from_numpy(label)
 
 def read_pair(image: str | Path, label: str | Path, mapping: Mapping[int, int], frame: int = 0
-             ) -> tuple[Tensor, Tensor]:  # (3, H, W) float32, (H, W) int64
-    "`read_image` and `read_label` of one sample; ValueError naming both files if their sizes differ."
-    x, y = read_image(image, frame), read_label(label, mapping, frame)
+             ) -> tuple[Tensor, Tensor]:  # (3, H, W) uint8 or float32, (H, W) int64
+    "`read_pixels` and `read_label` of one sample; ValueError naming both files if their sizes differ."
+    x, y = read_pixels(image, frame), read_label(label, mapping, frame)
     if x.shape[1:] != y.shape:
         (h, w), (lh, lw) = x.shape[1:], y.shape
         raise ValueError(f'sizes differ: {image} is {w}x{h} but its label map {label} is {lw}x{lh} (width x height). '

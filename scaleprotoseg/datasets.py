@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Labels, Sample, _decode, _span, lookup, palette, read_image, read_pair, register_dataset
+from .data import Labels, Sample, _decode, _span, lookup, palette, read_pair, read_pixels, register_dataset
 
 # %% ../nbs/01_datasets.ipynb #cell-05
 def _home(what: str, root: str | Path | None,
@@ -63,7 +63,7 @@ class _Reader:
     def _pair(self, image: Path, label: Path | None) -> tuple[Tensor, Tensor]:
         "Image and label map; without a label file all is void."
         if label: return read_pair(image, label, self.mapping)
-        x = read_image(image)
+        x = read_pixels(image)
         return x, torch.full(x.shape[1:], Labels.ignore)
 
     def __len__(self): return len(self.ids)
@@ -257,7 +257,7 @@ and for parts
 
     def _pair(self, image: Path, label: Path | None) -> tuple[Tensor, Tensor]:
         if not label or label.suffix != '.mat': return super()._pair(image, label)
-        x, y = read_image(image), read_mat(label)
+        x, y = read_pixels(image), read_mat(label)
         if x.shape[1:] != y.shape:
             raise ValueError(f'sizes differ: {image} is {tuple(x.shape[1:])}, {label} {tuple(y.shape)} (height, width)')
         return x, y

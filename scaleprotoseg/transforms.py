@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-from .data import Labels, Sample
+from .data import Labels, Sample, in_unit
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'Draw', 'Warp', 'Augment', 'cell_centres', 'reduce_labels', 'augment']
@@ -86,15 +86,35 @@ def reduce_labels(labels: Tensor,        # (B, H, W) int64, classes and void ali
     return labels[..., cell_centres(H, h, device=dev)[:, None], cell_centres(W, w, device=dev)]
 
 # %% ../nbs/02_transforms.ipynb #cell-13
-def _sample_bilinear(image: Tensor,          # (3, H, W)
+def _axis(n: int, m: int,          # pixels of the axis before and after
+          new: range               # new pixels wanted
+         ) -> tuple[Tensor, slice]:
+    "Centres of the new pixels, and the old pixels between which they lie; -1 and 1 are the outer edges of these (as for grid_sample)."
+    before = lambda i: ((2 * i + 1) * n - m) // (2 * m)   # the last old pixel whose centre is not beyond that of new pixel i
+    old = slice(max(before(new[0]), 0), min(before(new[-1]) + 2, n))
+    half = (old.stop - old.start) / 2
+    first, step = ((new[0] + .5) * n / m - old.start) / half - 1, n / m / half
+    return torch.arange(len(new), dtype=torch.float64) * step + first, old
+
+def _sample_bilinear(pixels: Tensor,         # (3, H, W) uint8, or float32 in [0, 1]
                      size: tuple[int, int],  # of the scaled image
                      rows: range, cols: range
-                    ) -> Tensor:             # (3, len(rows), len(cols))
+                    ) -> Tensor:             # (3, len(rows), len(cols)) float32
     "`resize(image, size)[:, rows, cols]` without resizing the rest."
-    # grid_sample counts positions from -1 to 1 edge to edge, whatever the size of the original
-    y, x = ((2 * torch.arange(r.start, r.stop, dtype=torch.float64) + 1) / m - 1 for r, m in zip((rows, cols), size))
-    grid = torch.stack(torch.meshgrid(x, y, indexing='xy'), -1).to(image.dtype)
+    (y, above), (x, across) = (_axis(*a) for a in zip(pixels.shape[1:], size, (rows, cols)))
+    image = in_unit(pixels[:, above, across], torch.preserve_format)   # sampling does not mind the order
+    grid = torch.stack(torch.meshgrid(x.to(image.dtype), y.to(image.dtype), indexing='xy'), -1)
     return F.grid_sample(image[None], grid[None], padding_mode='border', align_corners=False)[0].clamp_(0, 1)
+
+def _padded(x: Tensor,             # (..., h, w), at most as large as the crop
+            crop: tuple[int, int],
+            fill: Tensor           # (..., 1, 1)
+           ) -> Tensor:            # (..., *crop)
+    "`x` with `fill` at the bottom and right."
+    if x.shape[-2:] == crop: return x
+    out = fill.to(x.dtype).expand(*x.shape[:-2], *crop).clone()
+    out[..., :x.shape[-2], :x.shape[-1]] = x
+    return out
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
@@ -110,10 +130,9 @@ def augment(sample: Sample, how: Augment,
     H, W = sample.label.shape
     d = how.draw((H, W), rng)
     rows, cols = (range(at, min(at + c, m)) for at, c, m in zip(d.corner, how.crop, d.size))
-    image = sample.image.new_tensor(fill).view(3, 1, 1).repeat(1, *how.crop)
-    label = sample.label.new_full(how.crop, Labels.ignore)
-    image[:, :len(rows), :len(cols)] = _sample_bilinear(sample.image, d.size, rows, cols)
-    y, x = cell_centres(H, d.size[0], rows.start, len(rows)), cell_centres(W, d.size[1], cols.start, len(cols))
-    label[:len(rows), :len(cols)] = sample.label[y[:, None], x]
+    y, x = (cell_centres(n, m, new.start, len(new)) for n, m, new in zip((H, W), d.size, (rows, cols)))
+    image = _padded(_sample_bilinear(sample.pixels, d.size, rows, cols), how.crop, torch.tensor(fill).view(3, 1, 1))
+    label = torch.from_numpy(sample.label.numpy().take((y[:, None] * W + x).numpy()))   # label[y[:, None], x] takes twice as long
+    label = _padded(label, how.crop, torch.tensor([[Labels.ignore]]))
     if d.flip: image, label = image.flip(-1), label.flip(-1)
     return how.warp(image, label, rng, fill) if how.warp else (image, label)

@@ -1,17 +1,21 @@
 "The published loops that benchmarks compare with compute what the package computes; and the benchmarks run."
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from scaleprotoseg.data import Sample, read_pair, rng
 from scaleprotoseg.heads import GroupHead, LinearHead
 from scaleprotoseg.losses import diversity
 from scaleprotoseg.model import Model
 from scaleprotoseg.projection import nearest_own_cell
 from scaleprotoseg.prototypes import Prototypes, squared_distances
-from scaleprotoseg.transforms import reduce_labels
+from scaleprotoseg.transforms import Augment, augment, reduce_labels
 
 FOLDER = Path(__file__).parents[1] / 'benchmarks'
 B, S, C, K, D, G, h, w = 2, 3, 5, 4, 6, 2, 9, 11
@@ -66,9 +70,42 @@ def test_nearest_cells(published, features, layer):
     assert [v for v, _ in found] == value.flatten().tolist()
 
 
+@pytest.mark.parametrize('crop', [(24, 32), (90, 40)])         # inside the scaled image, and beyond it
+def test_training_samples(published, tmp_path, crop):
+    r, mapping, size = rng('sample'), {7: 0, 9: 1, 255: -1}, (49, 65)    # odd: no centre of a new pixel lies between two old ones
+    smooth = torch.nn.functional.interpolate(torch.from_numpy(r.random((1, 3, 6, 8), np.float32)), size, mode='bilinear')[0]
+    Image.fromarray((255 * smooth).byte().permute(1, 2, 0).numpy()).save(tmp_path / 'image.png')
+    Image.fromarray(r.choice(np.array([7, 9, 255], np.uint8), size)).save(tmp_path / 'label.png')
+    files = tmp_path / 'image.png', tmp_path / 'label.png'
+    table = np.zeros(256, np.uint8)
+    table[list(mapping)] = [c + 1 for c in mapping.values()]
+    for seed in range(10):
+        image, label = augment(Sample(*read_pair(*files, mapping), id='a'), Augment(crop), rng(seed))
+        theirs, their_label = published.sample(*files, 0, table, Augment(crop), rng(seed))
+        assert theirs.dtype == image.dtype and theirs.shape == image.shape
+        assert (theirs - image).abs().max() < 1.1 / 255                     # they scale bytes, and round
+        assert torch.equal(their_label, label)
+
+
+def test_synthesised_datasets_open(published, tmp_path, monkeypatch):
+    import data
+    import sizes
+    for name, layout in data.LAYOUTS.items():
+        size = replace(sizes.SIZES[layout.size], image=(40, 60))
+        monkeypatch.setitem(sizes.SIZES, layout.size, size)
+        root = tmp_path / name
+        data.write(layout, root)
+        ds = data.opened(layout, root)
+        image, label, page = data.files(ds, 1)
+        assert len(ds) >= data.IMAGES and ds[1].image.shape == (3, 40, 60), name
+        assert ds[1].image.std() > .05 and len(ds[1].label.unique()) > 1
+        assert published.decode(image, page, 'RGB').size == published.decode(label, page, 'L').size == (60, 40)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('command', [
     ['head.py', '--only', 'Pascal', '--repeats', '3'], ['losses.py', '--repeats', '3'], ['projection.py', '--repeats', '3'],
+    ['data.py', '--only', 'Pascal', '--repeats', '3'],
     ['network.py', '--dataset', 'Pascal', '--pixels', '65', '--repeats', '3', '--no-memories']], ids=lambda c: c[0])
 def test_benchmarks_run(command, tmp_path):
     run = 'import sys, runpy, sizes; from pathlib import Path; sizes.OUT = Path(sys.argv.pop(1)); runpy.run_path(sys.argv[0], run_name="__main__")'

@@ -3,10 +3,13 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from scaleprotoseg.data import (
@@ -19,9 +22,11 @@ from scaleprotoseg.data import (
     lookup,
     open_dataset,
     palette,
+    read_ahead,
     read_image,
     read_label,
     read_pair,
+    read_pixels,
     rng,
 )
 
@@ -161,7 +166,59 @@ def test_file_that_is_no_image_is_named(tmp_path):
             read_image(tmp_path/name)
 
 
+# ---- bytes until floats are asked for
+
+BYTES = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(3, 16, 16)
+
+
+def test_image_given_as_bytes_is_floats_for_whoever_asks():
+    s = Sample(BYTES, BYTES[0].long(), 'a')
+    assert s.pixels is BYTES
+    assert torch.equal(s.image, BYTES.float() / 255) and s.image.dtype == torch.float32
+    assert s.image is s.image is s.pixels                     # made once
+    floats = torch.rand(3, 4, 4)
+    assert Sample(floats, BYTES[0].long(), 'a').image is floats
+
+
+def test_sample_of_bytes_is_pickled_copied_and_needs_an_image():
+    s = Sample(BYTES, BYTES[0].long(), 'a')
+    assert pickle.loads(pickle.dumps(s)).pixels.dtype == torch.uint8       # a quarter of what goes between processes
+    assert torch.equal(replace(s, id='b').image, BYTES.float() / 255)
+    with pytest.raises(TypeError, match='image'):
+        Sample(label=BYTES[0].long(), id='a')
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from(['RGB', 'L', 'RGBA', 'P']), st.integers(0, 10**6))
+def test_picture_is_its_bytes_divided_by_255(h, w, mode, seed):
+    im = Image.fromarray(rng('picture', seed).integers(0, 256, (h, w, 3), np.uint8)).convert(mode)
+    x = image_to_tensor(im)
+    plain = torch.tensor([[[v / 255 for v in pixel] for pixel in line] for line in np.array(im.convert('RGB')).tolist()])
+    assert torch.equal(x, plain.permute(2, 0, 1)) and x.is_contiguous()
+
+
+def test_readers_hand_over_bytes_and_read_ahead_floats(tmp_path):
+    path = save(tmp_path/'images/train/a.png', np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    save(tmp_path/'labels/train/a.png', np.zeros((2, 2), np.uint8))
+    (tmp_path/'labels.json').write_text('{"names": ["a"]}')
+    ds = open_dataset('folder', 'train', tmp_path)
+    assert torch.equal(ds[0].pixels, read_pixels(path)) and read_pixels(path).dtype == torch.uint8
+    assert [s.pixels.dtype for s in read_ahead(ds)] == [torch.float32]      # made by the threads, not by who waits for them
+    assert read_pixels(save(tmp_path/'deep.png', np.array([[65535]], np.uint16))).dtype == torch.float32
+
+
 # ---- label maps
+
+@pytest.mark.parametrize('dtype, top', [(bool, 2), (np.uint8, 256), (np.uint16, 65536), (np.int32, 65536)])
+def test_mapping_is_that_of_a_plain_dictionary(tmp_path, dtype, top):
+    raw = rng('labels', top).integers(0, top, (9, 7)).astype(dtype)
+    path, mapping = save(tmp_path/'a.tif', raw), {int(v): i % 5 - 1 for i, v in enumerate(np.unique(raw))}
+    y = read_label(path, mapping)
+    assert y.tolist() == [[mapping[int(v)] for v in line] for line in raw] and y.dtype == torch.int64
+    gone = int(raw.flat[0])
+    with pytest.raises(ValueError, match=rf'holds the value\(s\) {gone}, which'):
+        read_label(path, {v: c for v, c in mapping.items() if v != gone})
+
 
 def test_palette_indices_are_read_not_colours(tmp_path):
     im = Image.frombytes('P', (3, 1), bytes([0, 1, 255]))

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scaleprotoseg.data import Sample, rng
+from scaleprotoseg import transforms
+from scaleprotoseg.data import Sample, in_unit, rng
 from scaleprotoseg.transforms import IMAGENET_MEAN, Augment, augment, reduce_labels
 
 sizes = st.integers(1, 40)
@@ -52,6 +53,30 @@ def test_crop_before_resize_equals_resize_before_crop(h, w, crop, seed):
     cols = [(2 * i + 1) * w // (2 * d.size[1]) for i in range(d.size[1])]
     labels = F.pad(s.label[rows][:, cols], pad, value=-1)
     assert torch.equal(label, labels[top:top + ch, left:left + cw])
+
+
+@settings(max_examples=80, deadline=None)
+@given(sizes, sizes, st.tuples(sizes, sizes), st.integers(0, 10**6))
+def test_bytes_and_floats_give_the_same_crop(h, w, crop, seed):
+    rgb = torch.from_numpy(rng('bytes', seed).integers(0, 256, (h, w, 3), np.uint8)).permute(2, 0, 1)    # as decoders lay it out
+    given, floats = (Sample(x, torch.zeros(h, w).long(), 'a') for x in (rgb, in_unit(rgb)))
+    image, label = augment(given, Augment(crop), rng(seed))
+    expected = augment(floats, Augment(crop), rng(seed))
+    assert torch.equal(image, expected[0]) and torch.equal(label, expected[1])
+    assert given.pixels is rgb                       # nobody made floats of the whole image
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 200), st.floats(0.1, 3), st.data())
+def test_old_pixels_cut_out_are_those_between_which_the_new_ones_lie(n, factor, data):
+    m = max(1, round(n * factor))
+    new = range(data.draw(st.integers(0, m - 1)), m)
+    new = new[:data.draw(st.integers(1, len(new)))]
+    centres, old = transforms._axis(n, m, new)
+    places = [(i + 0.5) * n / m - 0.5 for i in new]                         # in old pixels, from the centre of the first
+    assert np.allclose((np.array(places) + 0.5 - old.start) / (old.stop - old.start) * 2 - 1, centres, atol=1e-9)
+    needed = {min(max(k, 0), n - 1) for p in places for k in (int(np.floor(p + 1e-9)), int(np.floor(p + 1e-9)) + 1)}
+    assert old.start == min(needed) and max(needed) <= old.stop - 1 <= max(needed) + 1
 
 
 @pytest.mark.parametrize('scale', [0.5, 0.77, 1.0, 1.31, 1.5])
