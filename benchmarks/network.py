@@ -113,9 +113,10 @@ def main(dataset: str = 'Cityscapes', pixels: int = 513, batch: int = 1, threads
     if steps:
         forms = {name: training(dataset, head, pixels, batch, device, autocast)
                  for name, head in {'ScaleProtoSeg, joint': 'stage 1', 'ProtoSeg, joint': 'linear', 'linear': 'pixel'}.items()}
+        counted = {f'GFLOP, {name}': flops(f) / 1e9 for name, f in forms.items() if name != 'linear'}
         seconds = in_turns({**forms, 'head + losses': head_and_losses(dataset, pixels, batch, device, autocast)}, repeats, 600)
         share = statistics.median(seconds['head + losses']) / statistics.median(seconds['ScaleProtoSeg, joint'])
-        rows.append(row(title, 'training step', seconds, '', 'linear', 'ScaleProtoSeg, joint', **{'head + losses/step': share}))
+        rows.append(row(title, 'training step', seconds, '', 'linear', 'ScaleProtoSeg, joint', **{'head + losses/step': share}, **counted))
     if memories and device == 'cpu':
         for name in ('Cityscapes', 'ADE20K'):
             mb = {head: in_own_process(__file__, 'memory', name, head, 'evaluation', '0') for head in ('groups', 'linear', 'pixel')}
