@@ -49,3 +49,4 @@ bench: install   ## speed and memory beside a black box and the published loops;
 	$(BIN)/python benchmarks/network.py
 	$(BIN)/python benchmarks/interpretability.py
 	$(BIN)/python benchmarks/partscapes.py
+	$(BIN)/python benchmarks/sweep.py

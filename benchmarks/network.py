@@ -50,7 +50,7 @@ def training(dataset, head, pixels, batch, device, autocast, way: str = ''):
     image = random(batch, 3, pixels, pixels).to(device)
     label = torch.stack([squares(SIZES[dataset].present, (pixels, pixels), 40, i) for i in range(batch)]).to(device)
     if way == 'compiled': model.backbone.compile()
-    if way == 'channels last': model, image = (x.to(memory_format=torch.channels_last) for x in (model, image))
+    if way == 'contiguous': model = model.to(memory_format=torch.contiguous_format)
     return step(model, image, label, make_optimizer(model, train), train, autocast)
 
 
@@ -119,10 +119,10 @@ def main(dataset: str = 'Cityscapes', pixels: int = 513, batch: int = 1, threads
         seconds = in_turns({**forms, 'head + losses': head_and_losses(dataset, pixels, batch, device, autocast)}, repeats, 600)
         share = statistics.median(seconds['head + losses']) / statistics.median(seconds['ScaleProtoSeg, joint'])
         rows.append(row(title, 'training step', seconds, '', 'linear', 'ScaleProtoSeg, joint', **{'head + losses/step': share}, **counted))
-        ways = {way or 'as it is': training(dataset, 'stage 1', pixels, batch, device, autocast, way) for way in ('', 'channels last', 'compiled')}
+        ways = {way or 'as it is': training(dataset, 'stage 1', pixels, batch, device, autocast, way) for way in ('', 'contiguous', 'compiled')}
         seconds = in_turns(ways, repeats, 600)
         plain, *others = (statistics.median(s) for s in seconds.values())
-        rows.append(row(title, 'joint step, other ways', seconds, **{f'as it is/{way}': plain / x for way, x in zip(list(ways)[1:], others)}))
+        rows.append(row(title, 'joint step, other ways', seconds, **{f'{way}/as it is': x / plain for way, x in zip(list(ways)[1:], others)}))
     if memories and device == 'cpu':
         for name in ('Cityscapes', 'ADE20K'):
             mb = {head: in_own_process(__file__, 'memory', name, head, 'evaluation', '0') for head in ('groups', 'linear', 'pixel')}

@@ -102,11 +102,12 @@ def load_resume(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optim
     except (SafetensorError, ValueError) as e:
         raise ValueError(f'{path} is damaged ({e}); delete it to start this stage again') from e
     model.load_state_dict({k[len('model.'):]: v for k, v in tensors.items() if k.startswith('model.')})
-    state = {}
+    state, parameters = {}, [p for group in optimizer.param_groups for p in group['params']]
     for k, v in tensors.items():
         if k.startswith('optimizer.'):
             _, i, name = k.split('.', 2)
-            state.setdefault(int(i), {})[name] = v
+            p = parameters[int(i)]                   # moments in memory as their parameter, or updates are slow
+            state.setdefault(int(i), {})[name] = torch.empty_like(p).copy_(v) if v.shape == p.shape else v
     optimizer.load_state_dict({**optimizer.state_dict(), 'state': state})
     return position
 

@@ -590,7 +590,7 @@ def stopping(max_minutes: float | None):
         for s, handler in previous.items(): signal.signal(s, handler)
 
 # %% ../nbs/12_training.ipynb #cell-31
-PRECISIONS = ('32-true', 'bf16-mixed')   # float16 would need a loss scaler that a resumed run continues with
+PRECISIONS = ('32-true', 'bf16-mixed', '64-true')   # float16 would need a loss scaler that a resumed run continues with
 
 def processes(devices: int = 0) -> tuple[int, int]:  # per machine, machines
     "How many processes train together: `devices` on this machine, or if 0 as torchrun or Slurm started this one, else one."

@@ -1,6 +1,7 @@
 "Fixtures that find golden vectors and real sample data; without them the tests that need them skip visibly."
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,15 @@ def _needs(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f'needs ../{path.relative_to(SHARED.parent)}')
     return path
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _temporary_files() -> Iterator[None]:
+    "What notebooks and commands leave in the temporary folder goes when the tests end."
+    with tempfile.TemporaryDirectory(prefix='tests-') as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TMPDIR', folder)
+        patch.setattr(tempfile, 'tempdir', folder)
+        yield
 
 
 @pytest.fixture(scope='session')
