@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +43,8 @@ __all__ = ['COLUMNS', 'PUBLISHED_DATA', 'STEPS', 'METHOD_NAMES', 'collect', 'fin
            'diversity_cases', 'threshold_cases', 'entropy_cases', 'ablation_table', 'shown', 'save_table',
            'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of',
            'busiest_classes', 'plot_comparison', 'notebook_parameters', 'check_parameters', 'NotebookFailed',
-           'run_notebook', 'without_machine_paths', 'smaller_pictures', 'read_title', 'write_contents', 'build_report']
+           'run_notebook', 'run_cells', 'without_machine_paths', 'smaller_pictures', 'read_title', 'write_contents',
+           'build_report', 'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -548,6 +550,20 @@ def _execute(source: Path, parameters: dict):
         except papermill.PapermillExecutionError as e:
             raise NotebookFailed(f'{source}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
 
+# %% ../nbs/15_report.ipynb #cell-here-1
+def run_cells(source: str | Path, parameters: Mapping):
+    """Run the code cells of a parameterised notebook in this process, in the current directory.
+
+    KeyError (with the nearest name) for an unknown parameter, `NotebookFailed` with the cell and its error."""
+    cells = [c for c in _read_notebook(Path(source))['cells'] if c['cell_type'] == 'code']
+    names = {'display': lambda *shown, **how: None, '__name__': '__main__'}         # a kernel has both
+    for number, cell in enumerate(cells, 1):
+        try: exec(compile(''.join(cell['source']), f'{source}, cell {number}', 'exec'), names)
+        except Exception as e: raise NotebookFailed(f'{source}, cell {number}: {type(e).__name__}: {e}') from e
+        if 'parameters' not in cell['metadata'].get('tags', ()): continue
+        for name in parameters: lookup(names, name, f'parameter of {source}')
+        names |= parameters
+
 # %% ../nbs/15_report.ipynb #cell-57
 def without_machine_paths(x, roots: Iterable[tuple[str, str]] | None = None):
     "A nested structure of a notebook with the paths of this machine in its strings shortened; pictures are left alone."
@@ -646,15 +662,18 @@ def read_title(notebook: Path) -> tuple[str, str]:
 # %% ../nbs/15_report.ipynb #cell-62
 def _belongs(path: Path, name: str) -> bool: return path.stem == name or path.stem.startswith(f'{name}_')
 
+def _source(paper: str, name: str) -> Path: return from_root(f'nbs/paper/{paper}/{name}.ipynb')
+
 def _section(folder: Path, name: str) -> str:
     "Html of what one notebook left behind."
     notebook = folder / f'{name}.ipynb'
-    if not notebook.is_file(): return f'<h3 id="{folder.name}-{name}">{name}</h3><p class="missing">Not built: {name}.ipynb has not been run.</p>'
-    title, promise = read_title(notebook)
     tables = [_read_table(p) for p in sorted(folder.glob('*.csv')) if _belongs(p, name)]
     pictures = [_read_picture(p) for p in sorted(folder.glob('*.png')) if _belongs(p, name)]
+    if not (notebook.is_file() or tables or pictures):
+        return f'<h3 id="{folder.name}-{name}">{name}</h3><p class="missing">Not built: {name}.ipynb has not been run.</p>'
+    title, promise = read_title(notebook if notebook.is_file() else _source(folder.name, name))
     figures = f'<div class="figures">{"".join(pictures)}</div>'
-    link = f'<a href="{folder.name}/{name}.ipynb">notebook</a>'
+    link = f'<a href="{folder.name}/{name}.ipynb">notebook</a>' if notebook.is_file() else ''      # none without Jupyter, see `save_results`
     return f'<h3 id="{folder.name}-{name}">{escape(title)}</h3><p>{escape(promise)} {link}</p>{"".join(tables)}{figures}'
 
 _PAPERS = {'scaleprotoseg': 'ScaleProtoSeg', 'protoseg': 'ProtoSeg', 'prototype_view': 'A prototype view'}
@@ -664,16 +683,17 @@ def _contents(folder: Path, experiment: str) -> str:
     lines = []
     for p, title in _papers(experiment).items():
         names = [n for q, n in paper_notebooks(experiment) if q == p]
-        links = [f'<a href="#{p}-{n}">{escape(_short_title(folder / p / f"{n}.ipynb"))}</a>' for n in names]
+        links = [f'<a href="#{p}-{n}">{escape(_short_title(p, n))}</a>' for n in names]
         lines.append(f'<li><a href="#{p}"><b>{title}</b></a>: {" ".join(links)}</li>')
     absent = [f'{_PAPERS[n.paper]}, {joined(n.items)}: {n.lacks(experiment)}' for n in PAPER_NOTEBOOKS if not n.suits(experiment)]
     lines.append('<li><a href="#runs"><b>Runs and recipes</b></a></li>')
     if absent: lines.append(f'<li class="missing">Not in this experiment: {escape("; ".join(absent))}</li>')
     return f'<nav><ul>{"".join(lines)}</ul></nav>'
 
-def _short_title(notebook: Path) -> str:
-    "'Figures 14 to 19' of 'ScaleProtoSeg, Figures 14 to 19'; the file's name if it has not been run."
-    return read_title(notebook)[0].split(', ', 1)[-1] if notebook.is_file() else notebook.stem
+def _short_title(paper: str, name: str) -> str:
+    "'Figures 14 to 19' of 'ScaleProtoSeg, Figures 14 to 19'; the file's name outside a checkout."
+    source = _source(paper, name)
+    return read_title(source)[0].split(', ', 1)[-1] if source.is_file() else name
 
 def _papers(experiment: str) -> dict[str, str]:
     "Title of each paper that an experiment has notebooks of."
@@ -755,3 +775,34 @@ def build_report(experiment: str, figures: str | Path = 'figures', runs: str | P
     replace_file(out / 'report.html', lambda p: p.write_text(page, encoding='utf-8'))
     write_contents(figures, folder)
     return out / 'report.html'
+
+# %% ../nbs/15_report.ipynb #cell-travel-1
+def save_results(experiment: str, runs: str | Path = 'runs', figures: str | Path = 'figures', data_root: str | Path | None = None) -> Path:
+    "Run the reading notebooks of an experiment in this process, see `run_cells`; returns the folder of what they saved."
+    import matplotlib.pyplot as plt
+    from tqdm import tqdm
+    known = {'experiment': experiment, 'runs': str(runs), 'out': str(figures)}
+    for paper, name in tqdm(paper_notebooks(experiment), desc=f'{experiment} tables and figures'):
+        source = _source(paper, name)
+        if not source.is_file(): raise FileNotFoundError(f'there is no notebook {source}; run this in a checkout of the repository')
+        takes_data = any('data_root' in ''.join(c['source']) for c in _read_notebook(source)['cells'] if 'parameters' in c['metadata'].get('tags', ()))
+        run_cells(source, known | ({'data_root': str(data_root)} if data_root and takes_data else {}))
+        plt.close('all')
+    return Path(figures) / experiment
+
+def pack_results(experiment: str, archive: str | Path, runs: str | Path = 'runs', figures: str | Path = 'figures') -> int:  # files in it
+    """Write what finished stages of an experiment and its figures are, without backbones, into a zip file.
+
+    Its folders are `runs` and `figures` whatever they are called here. FileNotFoundError if nothing was run."""
+    recipes, archive = known_recipes(experiment), Path(archive)
+    stages = [folder for r in recipes for seed in _seeds(runs, r) for s in r.stages if (folder := finished_stage(runs, r, seed, s.name))]
+    if not stages: raise FileNotFoundError(f'no finished stage of {experiment} in {runs}; run `scaleprotoseg train {experiment}`')
+    files = {Path('runs') / p.relative_to(runs): p for folder in stages for p in sorted(folder.iterdir())
+             if p.is_file() and not p.name.startswith('.') and 'backbone' not in p.name}
+    files |= {Path('figures') / p.relative_to(figures): p for p in sorted((Path(figures) / experiment).rglob('*')) if p.is_file()}
+    def write(path):
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as z:
+            for name, source in files.items(): z.write(source, name)
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(archive, write)
+    return len(files)
