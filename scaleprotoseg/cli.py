@@ -248,7 +248,7 @@ def figures(experiment: str, runs: Out = Path('runs'), figures: Figures = Path('
     save_results(experiment, runs, figures, data_root)
 
 @app.command()
-def pack(experiment: str, archive: Annotated[Path, typer.Argument(help='Zip file to write.')], runs: Out = Path('runs'), figures: Figures = Path('figures')):
+def pack(experiment: str, archive: Annotated[Path, typer.Argument(help='File to write, e.g. em.tar.gz.')], runs: Out = Path('runs'), figures: Figures = Path('figures')):
     "What a report needs in one small file: results, logs, prototypes, heads and figures, no backbones. Unpack it where the report is built."
     from scaleprotoseg.report import pack_results
     print(f'{archive}: {pack_results(experiment, archive, runs, figures)} files, {archive.stat().st_size / 1e6:.1f} MB')
