@@ -74,7 +74,9 @@ def run_trainings(todo: Sequence[Training],
     with stopping(max_minutes) as stop, tqdm(total=len(todo), desc='trainings', disable=len(todo) < 2) as bar:
         while running or (waiting and not stop()):
             lost = [n for n, t in waiting.items() if any(ended.get(x) for x in t.waits_for)]
-            for n in lost: ended[n] = waiting.pop(n) and NOT_STARTED
+            for n in lost:
+                del waiting[n]
+                ended[n] = NOT_STARTED
             ready = [n for n, t in waiting.items() if not t.waits_for & {*waiting, *running}] if not stop() else []
             for n in ready[:jobs - len(running)]:
                 t = waiting.pop(n)
