@@ -37,10 +37,10 @@ def is_ablation(experiment: str) -> bool: return experiment != main_experiment(e
 EM_SEED = 42   # of the published program's split
 
 def dataset_key(recipe: Recipe) -> str:
-    "The dataset, with `, other split` where the validation images of EM are not the published ones."
+    "The dataset; for EM also its division, where that is not the published program's: `, other split` (ProtoSeg's supplement) or `, another draw`."
     d = recipe.data
-    other = d.dataset == 'em' and d.splits['val'].get('split_seed', EM_SEED) != EM_SEED
-    return d.dataset + (', other split' if other else '')
+    seed = d.splits['val'].get('split_seed', EM_SEED) if d.dataset == 'em' else EM_SEED
+    return d.dataset + {EM_SEED: '', None: ', other split'}.get(seed, ', another draw')
 
 # %% ../nbs/15_contents.ipynb #cell-08
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PaperNotebook:
     "A notebook `nbs/paper/<paper>/<name>.ipynb`, what it shows, and the experiments that it is for."
     paper: str
     name: str
-    shows: str                      # items of the paper: 'Table 1', or 'Figure 4, 11', or 'Figure 14-19'
+    shows: str                      # items of the paper: 'Table 1', or 'Figure 4, 11', or 'Figure 14-19'; empty: what is only ours
     needs: str = ''                 # a method, or a variant of it, as in `scaleprotoseg-tau`
     only: tuple[str, ...] = ()      # as `dataset_key` calls the data; empty: all
     without: tuple[str, ...] = ()
@@ -58,6 +58,7 @@ class PaperNotebook:
     @property
     def items(self) -> list[str]:
         "The items one by one: 'Figure 14', 'Figure 15', …"
+        if not self.shows: return []
         kind, numbers = self.shows.split(' ', 1)
         spans = [[int(n) for n in span.split('-')] for span in numbers.split(', ')]
         return [f'{kind} {n}' for span in spans for n in range(span[0], span[-1] + 1)]
@@ -74,7 +75,7 @@ class PaperNotebook:
 
     def suits(self, experiment: str) -> bool: return not self.lacks(experiment)
 
-DATA_NAMES = {'em': 'EM', 'em, other split': 'EM', 'cocostuff': 'COCO-Stuff', 'pascal': 'Pascal VOC', 'cityscapes': 'Cityscapes',
+DATA_NAMES = {'em': 'EM', 'em, other split': 'EM', 'em, another draw': 'EM', 'cocostuff': 'COCO-Stuff', 'pascal': 'Pascal VOC', 'cityscapes': 'Cityscapes',
               'ade20k': 'ADE20K', 'partscapes': 'PartScapes', 'camvid': 'CamVid'}
 
 PARTS = {   # datasets whose parts are labelled, and how to open the validation images that show them
@@ -112,6 +113,7 @@ PAPER_NOTEBOOKS = (
     PaperNotebook(_S, 'figure_20', 'Figure 20-25', 'scaleprotoseg'),
     PaperNotebook(_S, 'figure_26', 'Figure 26', 'scaleprotoseg'),
     PaperNotebook(_S, 'failure_cases', 'Figure 27-35', 'scaleprotoseg'),
+    PaperNotebook(_S, 'claims', '', 'scaleprotoseg-no_entropy'),
     PaperNotebook(_P, 'table_01', 'Table 1', 'protoseg-k4'),
     PaperNotebook(_P, 'figure_01', 'Figure 1-2', 'protoseg'),
     PaperNotebook(_P, 'figure_03', 'Figure 3', 'protoseg'),

@@ -9,8 +9,10 @@ import base64
 import io
 import json
 import os
+import re
 import statistics
 import sys
+import tarfile
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
@@ -36,13 +38,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'STEPS', 'METHOD_NAMES', 'collect', 'finished_stage', 'finished_seeds', 'published',
+__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'METHOD_NAMES', 'STEPS', 'collect', 'finished_stage', 'finished_seeds', 'published',
            'recipe_table', 'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published',
-           'compared', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case', 'size_cases',
-           'diversity_cases', 'threshold_cases', 'entropy_cases', 'ablation_table', 'shown', 'save_table',
-           'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of',
-           'busiest_classes', 'plot_comparison', 'notebook_parameters', 'check_parameters', 'NotebookFailed',
-           'run_notebook', 'without_machine_paths', 'smaller_pictures', 'read_title', 'write_contents', 'build_report']
+           'compared', 'other_draws', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case',
+           'size_cases', 'diversity_cases', 'threshold_cases', 'entropy_cases', 'ablation_table', 'Claim', 'claims',
+           'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure', 'provenance_text', 'duration',
+           'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison',
+           'notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook', 'run_cells',
+           'without_machine_paths', 'smaller_pictures', 'read_title', 'write_contents', 'build_report', 'save_results',
+           'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -141,7 +145,10 @@ PUBLISHED_DATA = {   # dataset -> published data to show beside it, and whether 
     'cityscapes': (('Cityscapes val',), True), 'pascal': (('Pascal VOC val',), True), 'ade20k': (('ADE20K val',), True),
     'cocostuff': (('COCO-Stuff val',), True),
     'em': (('EM, split 1', 'EM, split 2'), True),   # which of the two has seed 42 is not published: both are shown
+    'em, another draw': (('EM, split 1', 'EM, split 2'), False),
     'partscapes': (('Cityscapes val',), False), 'camvid': (('Cityscapes val',), False)}
+
+METHOD_NAMES = {'deeplabv2': 'DeepLabv2', 'unet': 'U-Net', 'protoseg': 'ProtoSeg', 'scaleprotoseg': 'ScaleProtoSeg'}
 
 def compare(ours: Mapping,     # of `score`, std, runs
             theirs: Mapping,   # value, std; empty if the papers have no such number
@@ -195,6 +202,10 @@ def compared(experiment: str) -> list[Recipe]:
     starts = {r.init for r in recipes}
     return [r for r in recipes if (not r.variant or is_ablation(experiment)) and r.method not in starts]
 
+def other_draws(experiment: str) -> list[Recipe]:
+    "The methods once more, on another division of the images: rows of their own in a table of accuracies."
+    return [r for r in known_recipes(experiment) if r.variant.startswith('split')]
+
 def published_references(recipe: Recipe) -> list[dict]:
     "On what data the published numbers to show beside a recipe were measured: arguments of `compare`, one set for each."
     data, same = PUBLISHED_DATA.get(dataset_key(recipe), ((None,), False))
@@ -207,12 +218,12 @@ def accuracy_table(frame: pd.DataFrame, experiment: str,
                   ) -> pd.DataFrame:
     "mIoU of each method's last stage beside the published one (ScaleProtoSeg, Tables 1, 5 and 6)."
     import pandas as pd
-    rows = []
-    for r in compared(experiment):
+    rows, other = [], other_draws(experiment)
+    for r in [*compared(experiment), *other]:
         ours = summarise(frame, r, r.last.name)
         ours.pop('group_average')
         def theirs_on(data, r=r):
-            return find_published(reference, method=r.method, data=data or '') if reference is not None and not r.variant else {}
+            return find_published(reference, method=r.method, data=data or '') if reference is not None and (not r.variant or r in other) else {}
         found = [(ref, theirs_on(ref['data'])) for ref in published_references(r)]
         for ref, theirs in [x for x in found if x[1]] or found[:1]:      # one row where the papers have no number
             rows.append({'method': r.method, 'variant': r.variant, 'stage': r.last.name, **ours,
@@ -320,6 +331,60 @@ def _ablation_row(method: str, variant: str, stage: str, setting: str | None, ou
             'group_average': ours['group_average'], 'published_group_average': theirs['group_average'].get('value'),
             **{k: ours[k] for k in ('miou', 'std', 'runs')}, **compare(ours, theirs['miou'], **ref)}
 
+# %% ../nbs/15_report.ipynb #cell-claims-1
+@dataclass(frozen=True)
+class Claim:
+    "A question that a difference of two models answers."
+    question: str
+    this: Case
+    against: Case
+
+_QUESTIONS = {   # variant -> what it asks
+    'no_diversity': 'What is the diversity loss worth?', 'shifted_labels': 'What do the published, shifted labels of the diversity loss cost?',
+    'legacy': "What do the published program's faults cost?", 'one_scale': 'Is it the scales, or the number of prototypes?',
+    'no_entropy': 'What does the entropy of groups cost?'}
+
+def claims(experiment: str) -> list[Claim]:
+    "The differences between methods, between their stages, and between the main recipe and each variant of an experiment."
+    main = {r.method: r for r in known_recipes(main_experiment(experiment)) if not r.variant}
+    case = lambda r, stage='': Case(r, stage or r.last.name, '')
+    found, grouped = [], main.get('scaleprotoseg')
+    if grouped and not is_ablation(experiment):
+        box = next(r for r in compared(experiment) if not r.model.get('per_class') and r.stages[0].head == 'direct')
+        found = [Claim('What does interpretability cost?', case(grouped), case(box)),
+                 Claim('What do groups cost?', case(grouped), case(grouped, 'finetune')),
+                 Claim('Do several scales and groups help?', case(grouped), case(main['protoseg']))]
+    for r in known_recipes(experiment):
+        k = re.fullmatch(r'k(\d+)', r.variant)
+        if ask := f'Are {k[1]} prototypes per class{" and scale" * (r.model["scales"] > 1)} enough?' if k else _QUESTIONS.get(r.variant):
+            found.append(Claim(ask, case(r), case(main[r.method])))
+    return found
+
+def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
+                 experiment: str) -> pd.DataFrame:
+    "mIoU and used prototypes of both models of every claim, and mean and deviation of the difference over seeds that both have."
+    import pandas as pd
+    rows = []
+    for c in claims(experiment):
+        a, b = ({r.seed: r.miou for r in _at(frame, x).itertuples()} for x in (c.this, c.against))
+        pairs = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
+        this, against = (summarise(frame, x.recipe, x.stage) for x in (c.this, c.against))
+        rows.append({'question': c.question, 'this': _words(c.this), 'against': _words(c.against), 'pairs': len(pairs),
+                     'miou': this['miou'], 'against_miou': against['miou'],
+                     'difference': statistics.fmean(pairs) if pairs else None, 'std': statistics.stdev(pairs) if len(pairs) > 1 else None,
+                     'prototypes': this['prototypes'], 'against_prototypes': against['prototypes']})
+    return pd.DataFrame(rows, dtype=object)
+
+def claims_runs(frame: pd.DataFrame, experiment: str) -> pd.DataFrame:
+    "The rows of `collect` behind `claims_table`."
+    import pandas as pd
+    return pd.concat([_at(frame, x) for c in claims(experiment) for x in (c.this, c.against)]).drop_duplicates(['method', 'variant', 'stage', 'seed'])
+
+def _at(frame, case): return frame[(frame.method == case.recipe.method) & (frame.variant == case.recipe.variant) & (frame.stage == case.stage)]
+
+def _words(case): return ' '.join([METHOD_NAMES.get(case.recipe.method, case.recipe.method), case.recipe.variant,
+                                   f'({case.stage})' if case.stage != case.recipe.last.name else '']).replace('  ', ' ').strip()
+
 # %% ../nbs/15_report.ipynb #cell-41
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     "The table as text: two decimals, and `—` for what is missing."
@@ -398,8 +463,6 @@ def last_runs(frame: pd.DataFrame, recipes: Iterable[Recipe], seed: int) -> pd.D
     return frame[[key in keys for key in zip(frame.method, frame.variant, frame.stage, frame.seed)]]
 
 # %% ../nbs/15_report.ipynb #cell-48
-METHOD_NAMES = {'deeplabv2': 'DeepLabv2', 'unet': 'U-Net', 'protoseg': 'ProtoSeg', 'scaleprotoseg': 'ScaleProtoSeg'}
-
 @dataclass
 class Run:
     "A finished stage, opened to be looked at."
@@ -548,6 +611,20 @@ def _execute(source: Path, parameters: dict):
         except papermill.PapermillExecutionError as e:
             raise NotebookFailed(f'{source}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
 
+# %% ../nbs/15_report.ipynb #cell-here-1
+def run_cells(source: str | Path, parameters: Mapping):
+    """Run the code cells of a parameterised notebook in this process, in the current directory.
+
+    KeyError (with the nearest name) for an unknown parameter, `NotebookFailed` with the cell and its error."""
+    cells = [c for c in _read_notebook(Path(source))['cells'] if c['cell_type'] == 'code']
+    names = {'display': lambda *shown, **how: None, '__name__': '__main__'}         # a kernel has both
+    for number, cell in enumerate(cells, 1):
+        try: exec(compile(''.join(cell['source']), f'{source}, cell {number}', 'exec'), names)
+        except Exception as e: raise NotebookFailed(f'{source}, cell {number}: {type(e).__name__}: {e}') from e
+        if 'parameters' not in cell['metadata'].get('tags', ()): continue
+        for name in parameters: lookup(names, name, f'parameter of {source}')
+        names |= parameters
+
 # %% ../nbs/15_report.ipynb #cell-57
 def without_machine_paths(x, roots: Iterable[tuple[str, str]] | None = None):
     "A nested structure of a notebook with the paths of this machine in its strings shortened; pictures are left alone."
@@ -646,15 +723,18 @@ def read_title(notebook: Path) -> tuple[str, str]:
 # %% ../nbs/15_report.ipynb #cell-62
 def _belongs(path: Path, name: str) -> bool: return path.stem == name or path.stem.startswith(f'{name}_')
 
+def _source(paper: str, name: str) -> Path: return from_root(f'nbs/paper/{paper}/{name}.ipynb')
+
 def _section(folder: Path, name: str) -> str:
     "Html of what one notebook left behind."
     notebook = folder / f'{name}.ipynb'
-    if not notebook.is_file(): return f'<h3 id="{folder.name}-{name}">{name}</h3><p class="missing">Not built: {name}.ipynb has not been run.</p>'
-    title, promise = read_title(notebook)
     tables = [_read_table(p) for p in sorted(folder.glob('*.csv')) if _belongs(p, name)]
     pictures = [_read_picture(p) for p in sorted(folder.glob('*.png')) if _belongs(p, name)]
+    if not (notebook.is_file() or tables or pictures):
+        return f'<h3 id="{folder.name}-{name}">{name}</h3><p class="missing">Not built: {name}.ipynb has not been run.</p>'
+    title, promise = read_title(notebook if notebook.is_file() else _source(folder.name, name))
     figures = f'<div class="figures">{"".join(pictures)}</div>'
-    link = f'<a href="{folder.name}/{name}.ipynb">notebook</a>'
+    link = f'<a href="{folder.name}/{name}.ipynb">notebook</a>' if notebook.is_file() else ''      # none without Jupyter, see `save_results`
     return f'<h3 id="{folder.name}-{name}">{escape(title)}</h3><p>{escape(promise)} {link}</p>{"".join(tables)}{figures}'
 
 _PAPERS = {'scaleprotoseg': 'ScaleProtoSeg', 'protoseg': 'ProtoSeg', 'prototype_view': 'A prototype view'}
@@ -664,16 +744,17 @@ def _contents(folder: Path, experiment: str) -> str:
     lines = []
     for p, title in _papers(experiment).items():
         names = [n for q, n in paper_notebooks(experiment) if q == p]
-        links = [f'<a href="#{p}-{n}">{escape(_short_title(folder / p / f"{n}.ipynb"))}</a>' for n in names]
+        links = [f'<a href="#{p}-{n}">{escape(_short_title(p, n))}</a>' for n in names]
         lines.append(f'<li><a href="#{p}"><b>{title}</b></a>: {" ".join(links)}</li>')
-    absent = [f'{_PAPERS[n.paper]}, {joined(n.items)}: {n.lacks(experiment)}' for n in PAPER_NOTEBOOKS if not n.suits(experiment)]
+    absent = [f'{_PAPERS[n.paper]}, {joined(n.items) if n.items else n.name}: {n.lacks(experiment)}' for n in PAPER_NOTEBOOKS if not n.suits(experiment)]
     lines.append('<li><a href="#runs"><b>Runs and recipes</b></a></li>')
     if absent: lines.append(f'<li class="missing">Not in this experiment: {escape("; ".join(absent))}</li>')
     return f'<nav><ul>{"".join(lines)}</ul></nav>'
 
-def _short_title(notebook: Path) -> str:
-    "'Figures 14 to 19' of 'ScaleProtoSeg, Figures 14 to 19'; the file's name if it has not been run."
-    return read_title(notebook)[0].split(', ', 1)[-1] if notebook.is_file() else notebook.stem
+def _short_title(paper: str, name: str) -> str:
+    "'Figures 14 to 19' of 'ScaleProtoSeg, Figures 14 to 19'; the file's name outside a checkout."
+    source = _source(paper, name)
+    return read_title(source)[0].split(', ', 1)[-1] if source.is_file() else name
 
 def _papers(experiment: str) -> dict[str, str]:
     "Title of each paper that an experiment has notebooks of."
@@ -755,3 +836,44 @@ def build_report(experiment: str, figures: str | Path = 'figures', runs: str | P
     replace_file(out / 'report.html', lambda p: p.write_text(page, encoding='utf-8'))
     write_contents(figures, folder)
     return out / 'report.html'
+
+# %% ../nbs/15_report.ipynb #cell-travel-1
+def save_results(experiment: str, runs: str | Path = 'runs', figures: str | Path = 'figures', data_root: str | Path | None = None) -> Path:
+    """Run the reading notebooks of an experiment in this process, see `run_cells`; returns the folder of what they saved.
+
+    One that fails (what it shows was not run, say) stops no other; `NotebookFailed` names all of them in the end."""
+    import matplotlib.pyplot as plt
+    from tqdm import tqdm
+    known, failed = {'experiment': experiment, 'runs': str(runs), 'out': str(figures)}, []
+    for paper, name in tqdm(paper_notebooks(experiment), desc=f'{experiment} tables and figures'):
+        source = _source(paper, name)
+        if not source.is_file(): raise FileNotFoundError(f'there is no notebook {source}; run this in a checkout of the repository')
+        takes_data = any('data_root' in ''.join(c['source']) for c in _read_notebook(source)['cells'] if 'parameters' in c['metadata'].get('tags', ()))
+        try: run_cells(source, known | ({'data_root': str(data_root)} if data_root and takes_data else {}))
+        except NotebookFailed as e: failed.append(str(e))
+        plt.close('all')
+    if failed: raise NotebookFailed(f'{len(failed)} of {len(paper_notebooks(experiment))} notebooks failed:\n' + '\n'.join(failed))
+    return Path(figures) / experiment
+
+def pack_results(experiment: str, archive: str | Path, runs: str | Path = 'runs', figures: str | Path = 'figures') -> int:  # files in it
+    """Write what finished stages of an experiment and its figures are, without backbones and pdf, into a tar.gz file.
+
+    Files that stages share are in it once, as hard links. Its folders are `runs` and `figures` whatever they are called here.
+    FileNotFoundError if nothing was run."""
+    recipes, archive = known_recipes(experiment), Path(archive)
+    stages = [folder for r in recipes for seed in _seeds(runs, r) for s in r.stages if (folder := finished_stage(runs, r, seed, s.name))]
+    if not stages: raise FileNotFoundError(f'no finished stage of {experiment} in {runs}; run `scaleprotoseg train {experiment}`')
+    files = {Path('runs') / p.relative_to(runs): p for folder in stages for p in sorted(folder.iterdir())
+             if p.is_file() and not p.name.startswith('.') and 'backbone' not in p.name}
+    files |= {Path('figures') / p.relative_to(figures): p for p in sorted((Path(figures) / experiment).rglob('*'))
+              if p.is_file() and p.suffix != '.pdf'}
+    def anonymous(entry):
+        entry.uid = entry.gid = 0
+        entry.uname = entry.gname = ''
+        return entry
+    def write(path):
+        with tarfile.open(path, 'w:gz') as archive:
+            for name, source in files.items(): archive.add(source, name, filter=anonymous)
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(archive, write)
+    return len(files)

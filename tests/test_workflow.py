@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -84,6 +85,37 @@ def test_notebooks_that_are_for_other_data_run_on_the_smoke_size_too(whole, note
     run_notebook(f'nbs/paper/{notebook.paper}/{notebook.name}.ipynb', tmp_path / 'x.ipynb',
                  {'experiment': 'smoke', 'out': str(tmp_path / 'figures')})
     assert list((tmp_path / f'figures/smoke/{notebook.paper}').glob(f'{notebook.name}*.*'))
+
+
+WITHOUT_JUPYTER = '''
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in ('IPython', 'ipykernel', 'jupyter_client', 'nbformat', 'papermill', 'snakemake', 'nbdev'):
+            raise ModuleNotFoundError(f'No module named {name!r}', name=name)
+sys.meta_path.insert(0, Absent())
+from scaleprotoseg.cli import main
+sys.argv = ['scaleprotoseg', *sys.argv[1:]]
+main()
+'''
+
+
+def test_results_travel_from_a_host_without_jupyter(whole, tmp_path):
+    def command(*arguments, cwd=whole):
+        done = subprocess.run([sys.executable, '-c', WITHOUT_JUPYTER, *map(str, arguments)], cwd=cwd, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-6000:]
+    command('figures', 'smoke', '--figures', tmp_path / 'figures')
+    made = sorted((tmp_path / 'figures').rglob('*.csv'))
+    assert made
+    for path in made: assert path.read_bytes() == (whole / 'figures' / path.relative_to(tmp_path / 'figures')).read_bytes(), path.name
+    command('pack', 'smoke', tmp_path / 'smoke.tar.gz', '--figures', tmp_path / 'figures')
+    elsewhere = checkout(tmp_path / 'elsewhere')
+    with tarfile.open(tmp_path / 'smoke.tar.gz') as archive: archive.extractall(elsewhere, filter='data')
+    assert not list(elsewhere.rglob('*backbone*'))
+    command('report', 'smoke', cwd=elsewhere)
+    here, there = ((f / 'figures/smoke/report.html').read_text() for f in (whole, elsewhere))
+    assert there.count('<figure>') == here.count('<figure>') > 10 and there.count('<table>') == here.count('<table>')
+    assert 'Not built' not in there
 
 
 def test_killed_parent_then_the_same_command_ends_with_the_same_numbers(whole, tmp_path):
