@@ -44,6 +44,7 @@ clean-notebooks: install  ## what to run before a commit: clean, export
 bench: install   ## speed and memory beside a black box and the published loops; results in figures/benchmarks
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/losses.py
+	$(BIN)/python benchmarks/clustering.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/projection.py
 	$(BIN)/python benchmarks/network.py

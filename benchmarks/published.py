@@ -106,3 +106,37 @@ def decode(path: Path, page: int, mode: str) -> Image.Image:
         im.seek(page)
         im.load()
     return im if im.mode in (mode, 'P') else im.convert(mode)          # palette indices stay
+
+
+def plan(scores: Tensor, kappa: float = 0.05, iterations: int = 3) -> Tensor:  # (N, K) of one class -> (N, K)
+    "Sinkhorn by exponentials and divisions."
+    L = torch.exp(scores / kappa).T
+    K, N = L.shape
+    L = L / L.sum()
+    for _ in range(iterations):
+        L = L / L.sum(1, keepdim=True) / K
+        L = L / L.sum(0, keepdim=True) / N
+    return (L * N).T
+
+
+def assignment(own: Tensor, labels: Tensor, classes: Tensor) -> Tensor:  # (N, K), (N,), (C,) -> (N,)
+    "Class by class: which pixels are of it, and their assignment."
+    index = torch.full_like(labels, -1)
+    for c in classes.tolist():
+        mine = labels == c
+        if mine.any().item(): index[mine] = plan(own[mine]).argmax(-1)
+    return index
+
+
+def clustering_step(z: Tensor, vectors: Tensor, labels: Tensor, momentum: float = 0.999) -> Tensor:  # (N, D), (C, K, D), (N,) -> (C, K, D)
+    "Similarities, and class by class assignment and movement by the correct pixels."
+    scores = torch.einsum('nd,ckd->nkc', z, vectors)
+    correct = scores.amax(1).argmax(-1) == labels
+    for c in range(len(vectors)):
+        mine = labels == c
+        if not mine.any().item(): continue
+        index = F.one_hot(plan(scores[mine][:, :, c]).argmax(-1), vectors.shape[1]).to(z.dtype) * correct[mine][:, None]
+        sums, counts = index.T @ z[mine], index.sum(0)
+        moved = momentum * vectors[c] + (1 - momentum) * F.normalize(sums, dim=-1)
+        vectors[c] = torch.where((counts > 0)[:, None], moved, vectors[c])
+    return F.normalize(vectors, dim=-1)

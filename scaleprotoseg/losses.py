@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cross_entropy', 'segments', 'own_class', 'segment_log_softmax', 'compared', 'jeffreys', 'diversity', 'legacy_labels',
-           'off_class_l1', 'group_entropy']
+           'off_class_l1', 'group_entropy', 'prototype_contrast', 'prototype_distance']
 
 # %% ../nbs/07_losses.ipynb #cell-02
 import torch
@@ -113,3 +113,26 @@ def group_entropy(weights: Tensor,  # (C, G, S, K), rows on the simplex
     entropy = -(w * (w + 1e-5).log()).sum(-1) / n.clamp_min(2).to(w.dtype).log()[:, None]  # (C, G)
     entropy = torch.where((n > 1)[:, None], entropy, 0.)
     return entropy.sum() / ((n > 0).sum() * weights.shape[1]).clamp_min(1)
+
+# %% ../nbs/07_losses.ipynb #cell-proto-1
+def prototype_contrast(similarities: Tensor,  # (B, S, C, K, h, w), cosines
+                       labels: Tensor,        # (B, h, w) int64, void -1
+                       assigned: Tensor,      # (B, h, w) int64 in 0..S*K-1, a prototype of the own class; -1: none
+                       alive: Tensor,         # (S, C, K) bool
+                       temperature: float = 0.1,
+                       count: Tensor | None = None,  # assigned positions of the update that this is a part of; None: of these
+                      ) -> Tensor:            # scalar, >= 0; 0 where nothing is assigned
+    "Cross-entropy of the assigned prototype among all living ones (prototype view, pixel-prototype contrast; spec 3.2)."
+    by_class = similarities.transpose(1, 2).flatten(2, 3)                                      # (B, C, S*K, h, w)
+    C, K = by_class.shape[1:3]
+    target = torch.where((labels >= 0) & (assigned >= 0), labels * K + assigned, -1)
+    dead = ~alive.transpose(0, 1).flatten()[:, None, None]
+    total = F.cross_entropy((by_class.flatten(1, 2) / temperature).masked_fill(dead, -torch.inf), target, ignore_index=-1, reduction='sum')
+    return total / ((target >= 0).sum() if count is None else count).clamp_min(1)
+
+def prototype_distance(similarities: Tensor, labels: Tensor, assigned: Tensor, count: Tensor | None = None) -> Tensor:  # as above
+    "Mean squared cosine distance to the assigned prototype (prototype view, pixel-prototype distance; spec 3.3)."
+    values, _ = own_class(similarities, labels)                                                # (S, K, N)
+    there = ((labels >= 0) & (assigned >= 0)).flatten()
+    own = values.flatten(0, 1).gather(0, assigned.flatten().clamp_min(0)[None])[0]
+    return torch.where(there, (1 - own).square(), 0.).sum() / (there.sum() if count is None else count).clamp_min(1)

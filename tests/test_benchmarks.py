@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from scaleprotoseg.clustering import assign, assigned_sums, follow_
 from scaleprotoseg.data import Sample, read_pair, rng
 from scaleprotoseg.heads import GroupHead, LinearHead
 from scaleprotoseg.losses import diversity
@@ -87,6 +89,20 @@ def test_training_samples(published, tmp_path, crop):
         assert torch.equal(their_label, label)
 
 
+def test_clustering_step(published):
+    g = torch.Generator().manual_seed(0)
+    z, vectors = (F.normalize(torch.randn(*shape, generator=g, dtype=torch.float64), dim=-1) for shape in ((400, 16), (5, 3, 16)))
+    labels, alive = torch.randint(0, 4, (400,), generator=g), torch.ones(5, 3, dtype=torch.bool)      # the last class is absent
+    scores = (z @ vectors.flatten(0, 1).T).view(400, 5, 3)
+    own = scores[torch.arange(400), labels]
+    index = assign(own, labels, alive)
+    assert torch.equal(published.assignment(own, labels, torch.arange(5)), index)
+    sums, counts = assigned_sums(z, torch.where(scores.amax(-1).argmax(-1) == labels, labels * 3 + index, -1), 15)
+    theirs = published.clustering_step(z, vectors.clone(), labels)
+    follow_(vectors, sums.view(5, 3, -1), counts.view(5, 3))
+    torch.testing.assert_close(vectors, theirs, atol=1e-12, rtol=0)
+
+
 def test_synthesised_datasets_open(published, tmp_path, monkeypatch):
     import data
     import sizes
@@ -105,7 +121,7 @@ def test_synthesised_datasets_open(published, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('command', [
     ['head.py', '--only', 'Pascal', '--repeats', '3'], ['losses.py', '--repeats', '3'], ['projection.py', '--repeats', '3'],
-    ['data.py', '--only', 'Pascal', '--repeats', '3'],
+    ['data.py', '--only', 'Pascal', '--repeats', '3'], ['clustering.py', '--repeats', '3'],
     ['network.py', '--dataset', 'Pascal', '--pixels', '65', '--repeats', '3', '--no-memories']], ids=lambda c: c[0])
 def test_benchmarks_run(command, tmp_path):
     run = 'import sys, runpy, sizes; from pathlib import Path; sizes.OUT = Path(sys.argv.pop(1)); runpy.run_path(sys.argv[0], run_name="__main__")'
