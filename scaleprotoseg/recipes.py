@@ -287,21 +287,22 @@ def partscapes_recipes(experiment: str, size: tuple[int, int], crop: tuple[int, 
     view = replace(plain, lr=dict(trunk=3e-4, aspp=1e-3), momentum=.95, contrast=.01, distance=.01)
     pixel = replace(plain, lr=dict(trunk=3e-4, aspp=1e-3, last=1e-2))
     pretrain = Train(steps['pretrain'], dict(trunk=1e-3, aspp=3e-4), batch, power=.9, batch_norm=True)
-    return [
+    recipes = [
         Recipe(experiment, 'pretrain', first, dict(net, scales=1, activation='none'), blackbox(pretrain, 'direct')),
         Recipe(experiment, 'deeplabv2', data, dict(net, scales=1, activation='none'), blackbox(plain, 'direct'), init='pretrain'),
         Recipe(experiment, 'linear', data, dict(net, scales=1), blackbox(pixel, 'pixel'), init='pretrain'),
         Recipe(experiment, 'protoseg', data, dict(net, scales=1, per_class=per_class['protoseg']), protoseg(**stage1), init='pretrain'),
         Recipe(experiment, 'scaleprotoseg', data, dict(net, scales=4, per_class=per_class['scaleprotoseg'], groups=3),
                scaleprotoseg(**stage1, **stage2), init='pretrain'),
-        Recipe(experiment, 'prototype_view', data, dict(net, scales=1, activation='unit', similarity='cosine', per_class=per_class['protoseg']),
+        Recipe(experiment, 'prototype_view', data, dict(net, scales=1, activation='unit', similarity='cosine', per_class=per_class.get('prototype_view')),
                prototype_view(view), init='pretrain')]
+    return [r for r in recipes if r.method in per_class or 'per_class' not in r.model]
 
 # %% ../nbs/10_recipes.ipynb #cell-21
 add_recipes(*partscapes_recipes(
     'smoke', size=(64, 96), crop=(64, 96), images=dict(train=8, push=8, val=4, pretrain=8), batch=2, channels=16,
     steps=dict(pretrain=3, warmup=2, joint=3, finetune=2, group_warmup=2, group_joint=3),
-    per_class=dict(protoseg=4, scaleprotoseg=3), views=1, eval_every=2))
+    per_class=dict(protoseg=4, scaleprotoseg=3, prototype_view=4), views=1, eval_every=2))
 
 add_recipes(*partscapes_recipes(
     'demo', size=(128, 192), crop=(96, 128), images=dict(train=200, push=200, val=64, pretrain=400), batch=8, channels=32,
