@@ -49,8 +49,8 @@ class Train:
     def __post_init__(self):
         if self.steps < 1: raise ValueError(f'a training stage needs at least one step, got {self.steps}')
         lookup(dict.fromkeys(('adam', 'sgd')), self.optimizer, 'optimizer')
-        if self.views and {'trunk', 'aspp', 'prototypes'} & set(self.lr):
-            raise ValueError(f'views={self.views} fixes the similarities, but {sorted(self.lr)} would change them')
+        if self.views and ({'trunk', 'aspp', 'prototypes'} & set(self.lr) or self.momentum):
+            raise ValueError(f'views={self.views} fixes the similarities, but {sorted(self.lr)} or momentum={self.momentum} would change them')
         if not 0 <= self.momentum < 1: raise ValueError(f'momentum={self.momentum}: expected a number in [0, 1), 0 for prototypes that stay')
         if not self.momentum and (self.contrast or self.distance):
             raise ValueError('pixel-prototype contrast and distance need the clustering that gives every pixel a prototype: momentum > 0')
