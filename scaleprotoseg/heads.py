@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['class_prior', 'linear_logits', 'LinearHead', 'to_simplex', 'group_activations', 'group_logits', 'GroupHead',
-           'DirectHead', 'PixelHead']
+           'NearestHead', 'DirectHead', 'PixelHead']
 
 # %% ../nbs/05_heads.ipynb #cell-02
 import torch
@@ -32,6 +32,8 @@ def linear_logits(similarities: Tensor,  # (B, S, C, K, h, w)
 # %% ../nbs/05_heads.ipynb #cell-08
 class LinearHead(nn.Module):
     "One linear layer over all prototypes."
+    additive = True          # a logit is a sum over evidence
+
     def __init__(self, scales: int, classes: int, per_class: int, off_class: float = -0.5):
         super().__init__()
         self.weight = nn.Parameter(class_prior(classes, scales, per_class, off_class=off_class))
@@ -96,6 +98,8 @@ def group_logits(groups: Tensor,  # (B, C, G, h, w)
 
 class GroupHead(nn.Module):
     "Sparse groups of prototypes, then a linear layer over groups."
+    additive = True          # a logit is a sum over evidence
+
     def __init__(self, scales: int, classes: int, per_class: int, groups: int = 3, off_class: float = -0.5):
         super().__init__()
         bound = (scales * per_class) ** -0.5           # a linear layer's default range, then onto the simplex
@@ -132,6 +136,30 @@ class GroupHead(nn.Module):
     def extra_repr(self):
         C, G, S, K = self.weights.shape
         return f'{C} classes x {G} groups of {S} scales x {K} prototypes, {int((self.weights > 0).sum())} non-zero weights'
+
+# %% ../nbs/05_heads.ipynb #cell-nearest-1
+class NearestHead(nn.Module):
+    "The largest similarity of each class, times one number for all (prototype view, Sec. 3)."
+    additive = False                 # a class's logit is that of its nearest prototype, not a sum over prototypes
+
+    def __init__(self, scales: int, classes: int, per_class: int, factor: float = 10.):   # of cosines: 1 / temperature
+        super().__init__()
+        self.register_buffer('last', factor * class_prior(classes, scales, per_class, off_class=0.))
+
+    def forward(self, similarities: Tensor, alive: Tensor) -> tuple[Tensor, None]:
+        "Logits (B, C, h, w), and None: there are no groups. A class without a living prototype has the score of the farthest, -1."
+        best = similarities.masked_fill(~alive[..., None, None], -1.).amax((1, 3))
+        return best * self.last[0, 0, 0, 0], None
+
+    def evidence(self, alive: Tensor) -> Tensor:
+        "Which evidence of each class exists: (C, S, K) bool, as in `last[0]`."
+        return alive.transpose(0, 1)
+
+    def used(self, alive: Tensor) -> Tensor:
+        "Which prototypes count: (S, C, K) bool, the living."
+        return alive
+
+    def extra_repr(self): return f'{self.last[0, 0, 0, 0]:g} times the largest of {self.last[0, 0].numel()} similarities'
 
 # %% ../nbs/05_heads.ipynb #cell-26
 class DirectHead(nn.Module):

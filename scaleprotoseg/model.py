@@ -13,14 +13,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbones import build_backbone, freeze_batch_norm_
 from .data import lookup
-from .heads import DirectHead, GroupHead, LinearHead, PixelHead, group_activations, group_logits, linear_logits
-from .prototypes import Prototypes, log_similarity, squared_distances
+from .heads import (DirectHead, GroupHead, LinearHead, NearestHead, PixelHead, group_activations, group_logits,
+                                 linear_logits)
+from .prototypes import SIMILARITIES, Prototypes, log_similarity, squared_distances
 
 # %% auto #0
 __all__ = ['CACHED', 'HELD', 'ACTIVATIONS', 'OUTPUTS', 'HEADS', 'Output', 'Model', 'Packed', 'pick_device', 'build_model',
@@ -40,7 +42,7 @@ class Output:
 # %% ../nbs/06_model.ipynb #cell-06
 CACHED, HELD = 1 << 19, 1 << 26   # similarities to hold at once where no gradient needs them: on a CPU (2 MB, near its cores), elsewhere
 
-ACTIVATIONS = {'sigmoid': torch.sigmoid, 'none': lambda x: x}
+ACTIVATIONS = {'sigmoid': torch.sigmoid, 'unit': partial(F.normalize, dim=2), 'none': lambda x: x}
 OUTPUTS = tuple(f.name for f in fields(Output))
 
 # %% ../nbs/06_model.ipynb #cell-08
@@ -137,7 +139,7 @@ class Packed:
     @classmethod
     def of(cls, model: Model) -> Packed | None:
         "None where there is little to leave out."
-        if model.prototypes is None: return None
+        if model.prototypes is None or not model.head.additive: return None
         used = model.head.used(model.prototypes.alive)
         return cls(model, used) if 0 < used.sum() <= 0.9 * used.numel() else None
 
@@ -174,10 +176,11 @@ class Packed:
 # %% ../nbs/06_model.ipynb #cell-10
 def _linear(c): return LinearHead(c['scales'], c['classes'], c['per_class'])
 def _groups(c): return GroupHead(c['scales'], c['classes'], c['per_class'], c['groups'])
+def _nearest(c): return NearestHead(c['scales'], c['classes'], c['per_class'])
 def _direct(c): return DirectHead()
 def _pixel(c): return PixelHead(c['scales'], c['classes'], c['channels'])
 
-HEADS = {'linear': _linear, 'groups': _groups, 'direct': _direct, 'pixel': _pixel}
+HEADS = {'linear': _linear, 'groups': _groups, 'nearest': _nearest, 'direct': _direct, 'pixel': _pixel}
 
 # %% ../nbs/06_model.ipynb #cell-11
 def pick_device(name: str | torch.device = 'auto') -> torch.device:
@@ -191,18 +194,24 @@ def pick_device(name: str | torch.device = 'auto') -> torch.device:
     return device
 
 # %% ../nbs/06_model.ipynb #cell-13
-def build_model(config: dict,  # keys: backbone (dict), head (name), activation, classes, scales, channels; per_class, groups
+def build_model(config: dict,  # keys: backbone (dict), head (name), activation, classes, scales, channels; per_class, groups, similarity
                ) -> Model:
-    "A fresh model from its description; heads `linear` and `groups` have prototypes, `direct` and `pixel` do not."
-    c = config
+    """A fresh model from its description; heads `linear`, `groups` and `nearest` have prototypes, `direct` and `pixel` do not.
+
+    KeyError for unknown names, ValueError for parts that do not fit together."""
+    c, similarity = config, config.get('similarity', 'log')
+    prototypes_of = lookup(SIMILARITIES, similarity, 'similarity')
+    if (similarity == 'cosine') != (c['activation'] == 'unit'):
+        raise ValueError(f"cosines are of unit vectors: similarity {similarity!r} does not go with activation {c['activation']!r}; "
+                         "use 'cosine' with 'unit', or neither")
     build_head = lookup(HEADS, c['head'], 'head')
     if c['head'] == 'direct' and c['activation'] != 'none':
         raise ValueError(f"the direct head's features are the logits, so activation must be 'none', not {c['activation']!r}")
     channels = c['classes'] if c['head'] == 'direct' else c['channels']
     scales = 1 if c['head'] == 'direct' else c['scales']
     backbone = build_backbone({**c['backbone'], 'scales': scales, 'channels': channels})
-    has_prototypes = c['head'] in ('linear', 'groups')
-    prototypes = Prototypes(scales, c['classes'], c['per_class'], channels) if has_prototypes else None
+    has_prototypes = c['head'] in ('linear', 'groups', 'nearest')
+    prototypes = prototypes_of(scales, c['classes'], c['per_class'], channels) if has_prototypes else None
     return Model(backbone, prototypes, build_head(c), c['activation'])
 
 # %% ../nbs/06_model.ipynb #cell-19

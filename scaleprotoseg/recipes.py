@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'EM_STEPS', 'STEPS', 'proto', 'scale', 'aug', 'Train', 'Stage', 'Data', 'chosen', 'Recipe', 'blackbox',
-           'projected', 'protoseg', 'scaleprotoseg', 'veto_name', 'read_veto', 'vetoed', 'add_recipes', 'find_recipe',
-           'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split', 'em_supplement',
-           'pretrained_recipes', 'published_data', 'changed', 'in_stage', 'legacy', 'taus', 'coco_weights',
-           'protoseg_ablations', 'claim_ablations', 'group_ablations', 'apart', 'camvid']
+           'projected', 'protoseg', 'scaleprotoseg', 'prototype_view', 'veto_name', 'read_veto', 'vetoed',
+           'add_recipes', 'find_recipe', 'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split',
+           'em_supplement', 'pretrained_recipes', 'published_data', 'changed', 'in_stage', 'legacy', 'taus',
+           'coco_weights', 'protoseg_ablations', 'claim_ablations', 'group_ablations', 'apart', 'camvid']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -41,12 +41,19 @@ class Train:
     bias_lr: float = 1.          # learning rate of the aspp's biases, in units of that of its weights
     bias_decay: bool = True      # have the aspp's biases weight decay?
     legacy_labels: bool = False  # repeat ProtoSeg's off-by-one in the diversity loss (spec 3.3)
+    momentum: float = 0.         # prototypes follow their pixels with this momentum (prototype view); 0: they do not
+    contrast: float = 0.         # weight of the pixel-prototype contrast
+    distance: float = 0.         # weight of the pixel-prototype distance
+    legacy_draw: bool = False    # draw what moves prototypes as the published prototype view did, which makes them collapse
 
     def __post_init__(self):
         if self.steps < 1: raise ValueError(f'a training stage needs at least one step, got {self.steps}')
         lookup(dict.fromkeys(('adam', 'sgd')), self.optimizer, 'optimizer')
-        if self.views and {'trunk', 'aspp', 'prototypes'} & set(self.lr):
-            raise ValueError(f'views={self.views} fixes the similarities, but {sorted(self.lr)} would change them')
+        if self.views and ({'trunk', 'aspp', 'prototypes'} & set(self.lr) or self.momentum):
+            raise ValueError(f'views={self.views} fixes the similarities, but {sorted(self.lr)} or momentum={self.momentum} would change them')
+        if not 0 <= self.momentum < 1: raise ValueError(f'momentum={self.momentum}: expected a number in [0, 1), 0 for prototypes that stay')
+        if not self.momentum and (self.contrast or self.distance):
+            raise ValueError('pixel-prototype contrast and distance need the clustering that gives every pixel a prototype: momentum > 0')
 
 # %% ../nbs/10_recipes.ipynb #cell-05
 @dataclass(frozen=True)
@@ -173,7 +180,8 @@ def _row(s):
         return f'| {s.name} | {s.parent} | – | – | – | {", ".join(said) or "–"} |'
     t = s.train
     rates = f'{t.optimizer}: ' + ', '.join(f'{k} {v:g}' for k, v in t.lr.items()) + (f', poly {t.power:g}' if t.power else '')
-    losses = ' + '.join(['CE'] + [f'{v:g} {k}' for k, v in [('diversity', t.diversity), ('L1', t.l1), ('entropy', t.entropy)] if v])
+    losses = ' + '.join(['CE'] + [f'{v:g} {k}' for k, v in [('diversity', t.diversity), ('L1', t.l1), ('entropy', t.entropy),
+                                                          ('contrast', t.contrast), ('distance', t.distance)] if v])
     batch = f'{t.batch} × {t.accumulate}' if t.accumulate > 1 else f'{t.batch}'
     return f'| {s.name} | {s.parent or "start"} | {t.steps} | {batch} | {rates} | {losses} |'
 
@@ -208,6 +216,11 @@ def scaleprotoseg(joint: Train, finetune: Train, group_joint: Train, warmup: Tra
     return first + groups + (
         Stage('group_joint', 'train', 'group_warmup' if group_warmup else 'project', 'groups', group_joint),
         Stage('threshold', 'threshold', 'group_joint', 'groups', tau=tau))
+
+# %% ../nbs/10_recipes.ipynb #cell-view-stages
+def prototype_view(joint: Train) -> tuple[Stage, ...]:
+    "joint, with the clustering inside → snap: the projection of the other methods, an extension (prototype view, Sec. 3)."
+    return (Stage('joint', 'train', head='nearest', train=joint), Stage('snap', 'project', 'joint', head='nearest'))
 
 # %% ../nbs/10_recipes.ipynb #cell-16
 def veto_name(prototypes: Iterable[tuple[int, int, int]]) -> str:
@@ -270,21 +283,26 @@ def partscapes_recipes(experiment: str, size: tuple[int, int], crop: tuple[int, 
         group_warmup=Train(steps['group_warmup'], dict(groups=1e-2), batch, l1=1e-3, entropy=.05, views=views),
         group_joint=Train(steps['group_joint'], dict(groups=1e-2, last=1e-2), batch, power=.9, l1=1e-3, entropy=.05, views=views))
     plain = Train(steps['warmup'] + steps['joint'], dict(trunk=3e-4, aspp=3e-4), batch, power=.9)
+    # few updates, so a momentum below the published 0.999, at which half of a prototype's start is left after 693
+    view = replace(plain, lr=dict(trunk=3e-4, aspp=1e-3), momentum=.95, contrast=.01, distance=.01)
     pixel = replace(plain, lr=dict(trunk=3e-4, aspp=1e-3, last=1e-2))
     pretrain = Train(steps['pretrain'], dict(trunk=1e-3, aspp=3e-4), batch, power=.9, batch_norm=True)
-    return [
+    recipes = [
         Recipe(experiment, 'pretrain', first, dict(net, scales=1, activation='none'), blackbox(pretrain, 'direct')),
         Recipe(experiment, 'deeplabv2', data, dict(net, scales=1, activation='none'), blackbox(plain, 'direct'), init='pretrain'),
         Recipe(experiment, 'linear', data, dict(net, scales=1), blackbox(pixel, 'pixel'), init='pretrain'),
         Recipe(experiment, 'protoseg', data, dict(net, scales=1, per_class=per_class['protoseg']), protoseg(**stage1), init='pretrain'),
         Recipe(experiment, 'scaleprotoseg', data, dict(net, scales=4, per_class=per_class['scaleprotoseg'], groups=3),
-               scaleprotoseg(**stage1, **stage2), init='pretrain')]
+               scaleprotoseg(**stage1, **stage2), init='pretrain'),
+        Recipe(experiment, 'prototype_view', data, dict(net, scales=1, activation='unit', similarity='cosine', per_class=per_class.get('prototype_view')),
+               prototype_view(view), init='pretrain')]
+    return [r for r in recipes if r.method in per_class or 'per_class' not in r.model]
 
 # %% ../nbs/10_recipes.ipynb #cell-21
 add_recipes(*partscapes_recipes(
     'smoke', size=(64, 96), crop=(64, 96), images=dict(train=8, push=8, val=4, pretrain=8), batch=2, channels=16,
     steps=dict(pretrain=3, warmup=2, joint=3, finetune=2, group_warmup=2, group_joint=3),
-    per_class=dict(protoseg=4, scaleprotoseg=3), views=1, eval_every=2))
+    per_class=dict(protoseg=4, scaleprotoseg=3, prototype_view=4), views=1, eval_every=2))
 
 add_recipes(*partscapes_recipes(
     'demo', size=(128, 192), crop=(96, 128), images=dict(train=200, push=200, val=64, pretrain=400), batch=8, channels=32,

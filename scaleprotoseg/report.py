@@ -148,7 +148,8 @@ PUBLISHED_DATA = {   # dataset -> published data to show beside it, and whether 
     'em, another draw': (('EM, split 1', 'EM, split 2'), False),
     'partscapes': (('Cityscapes val',), False), 'camvid': (('Cityscapes val',), False)}
 
-METHOD_NAMES = {'deeplabv2': 'DeepLabv2', 'unet': 'U-Net', 'protoseg': 'ProtoSeg', 'scaleprotoseg': 'ScaleProtoSeg'}
+METHOD_NAMES = {'deeplabv2': 'DeepLabv2', 'unet': 'U-Net', 'protoseg': 'ProtoSeg', 'scaleprotoseg': 'ScaleProtoSeg',
+                'prototype_view': 'Prototype view'}
 
 def compare(ours: Mapping,     # of `score`, std, runs
             theirs: Mapping,   # value, std; empty if the papers have no such number

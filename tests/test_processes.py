@@ -91,6 +91,19 @@ def test_two_processes_have_the_losses_of_one(pretrained, tmp_path):
         for k in whole: torch.testing.assert_close(whole[k], halved[k], rtol=0, atol=1e-7)
 
 
+def test_prototypes_that_follow_their_pixels_follow_those_of_both_processes(pretrained, tmp_path):
+    found = []
+    for name, launch in (('one', ('-m', 'scaleprotoseg')), ('two', LAUNCH)):
+        runs = shutil.copytree(pretrained, tmp_path / name)
+        command('run', 'smoke', 'prototype_view', '--stage', 'joint', '--out', runs, '--device', 'cpu', '--precision', '64-true', launch=launch)
+        folder = runs / 'smoke/prototype_view/seed0/joint'
+        found.append((log(folder), read_tensors(folder / 'head.safetensors')['prototypes.vectors']))
+    (a, x), (b, y) = found
+    for one, two in zip(a, b, strict=True): assert one == pytest.approx(two, abs=1e-6)
+    assert {'ce', 'contrast', 'distance'} <= a[0].keys() and torch.allclose(x.norm(dim=-1), torch.ones((), dtype=x.dtype))
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-7)
+
+
 def test_two_processes_in_single_precision_differ_by_rounding(one, two):
     for stage in ('warmup', 'joint'):
         for a, b in zip(log(one / stage), log(two / stage)): assert a == pytest.approx(b, rel=1e-3)

@@ -41,7 +41,7 @@ def test_out_of_time_then_the_same_command_finishes(tmp_path):
     assert finished == {s.name for s in RECIPES['smoke/protoseg'].stages}
     assert 'mIoU' in (tmp_path / 'smoke/protoseg/seed0/train.log').read_text()
     made = json.loads((tmp_path / 'smoke/protoseg/seed0/joint/provenance.json').read_text())
-    assert made['command'].endswith('run smoke protoseg --seed 0 --out ' + str(tmp_path) + ' --device cpu --precision 32-true')
+    assert made['command'] == 'scaleprotoseg run smoke protoseg --stage joint --seed 0'
 
 
 def test_a_failed_training_is_named_with_its_exit_code(tmp_path):

@@ -3,9 +3,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from scaleprotoseg.clustering import follow_
 from scaleprotoseg.model import build_model
 from scaleprotoseg.recipes import Train
-from scaleprotoseg.training import make_optimizer, mean_losses, update_counts
+from scaleprotoseg.training import assigned_prototypes, followed_sums, make_optimizer, mean_losses, update_counts
+from scaleprotoseg.transforms import reduce_labels
 
 LR = dict(trunk=1e-3, aspp=1e-3, prototypes=1e-3, last=1e-3)
 CONFIG = dict(backbone=dict(name='unet', width=4), activation='sigmoid', classes=5, scales=4, channels=6, per_class=3, groups=2)
@@ -33,6 +35,20 @@ def test_training_step(head, extra, legacy, valueless):
     optimizer.step()
     if extra: model.head.project_(model.prototypes.alive)
     assert all(any(p.grad is not None for p in parts) for parts in model.parts().values())
+
+
+def test_step_with_clustering(valueless):
+    model = build_model({**CONFIG, 'head': 'nearest', 'activation': 'unit', 'similarity': 'cosine'})
+    train = Train(steps=1, lr=dict(trunk=1e-3, aspp=1e-3), momentum=.9, contrast=.01, distance=.01)
+    model.train_only_(train.lr)
+    x, y = batch(model)
+    outputs = model.outputs(x, ('features', 'similarities'))
+    assigned = [assigned_prototypes(out, reduce_labels(y, out.logits.shape[-2:]), model) for out in outputs]
+    losses = mean_losses(outputs, y, model, train, update_counts(outputs, y, model, train), assigned=assigned)
+    assert losses.keys() == {'ce', 'contrast', 'distance'}
+    sum(losses.values()).backward()
+    sums = followed_sums(outputs[0], reduce_labels(y, outputs[0].logits.shape[-2:]), assigned[0], model)
+    follow_(model.prototypes.vectors.view(len(sums), -1), sums[:, :-1], sums[:, -1])
 
 
 @pytest.mark.parametrize('head', ['pixel', 'direct'])
