@@ -27,7 +27,7 @@ reproduce: install  ## train, explain and report EXPERIMENT (default: demo); con
 	$(BIN)/scaleprotoseg reproduce --experiment $(EXPERIMENT) --cores $(CORES) --device $(DEVICE) --precision $(PRECISION) $(if $(DATA_ROOT),--data-root '$(DATA_ROOT)')
 
 test: install    ## all tests but the slow ones, the smoke graph and every notebook
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lab: install     ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=.

@@ -31,13 +31,13 @@ if TYPE_CHECKING:   # matplotlib is slow to import: every plot function does it 
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['STYLE', 'Atlas', 'read_atlas', 'evidence_kind', 'evidence_maps', 'evidence_weights', 'scale_names', 'evidence_names',
-           'prototype_names', 'assignment_map', 'GroupMember', 'Group', 'group_members', 'scale_usage', 'as_picture',
-           'enlarged', 'ClassView', 'class_view', 'strongest_prototypes', 'overlap_map', 'overlap_score',
-           'class_pixels', 'fullest_images', 'best_images', 'objects_first', 'normalized', 'value_range', 'overlay',
-           'painted', 'outlined', 'spots', 'plot_segmentation', 'plot_assignment', 'plot_scale_usage', 'Panel',
-           'plot_panels', 'assignment_panel', 'heat_panels', 'patch_panel', 'prototype_panels', 'shades',
-           'overlap_panel', 'overlap_colors', 'plot_prototypes', 'plot_group_graph']
+__all__ = ['STYLE', 'Atlas', 'read_atlas', 'evidence_kind', 'evidence_maps', 'weighed_maps', 'evidence_weights', 'scale_names',
+           'evidence_names', 'prototype_names', 'assignment_map', 'GroupMember', 'Group', 'group_members',
+           'scale_usage', 'as_picture', 'enlarged', 'ClassView', 'class_view', 'strongest_prototypes', 'overlap_map',
+           'overlap_score', 'class_pixels', 'fullest_images', 'best_images', 'objects_first', 'normalized',
+           'value_range', 'overlay', 'painted', 'outlined', 'spots', 'plot_segmentation', 'plot_assignment',
+           'plot_scale_usage', 'Panel', 'plot_panels', 'assignment_panel', 'heat_panels', 'patch_panel',
+           'prototype_panels', 'shades', 'overlap_panel', 'overlap_colors', 'plot_prototypes', 'plot_group_graph']
 
 # %% ../nbs/13_explain.ipynb #cell-07
 @dataclass
@@ -91,6 +91,11 @@ def evidence_maps(out: Output) -> Tensor:  # (B, C, E, h, w)
     if out.groups is not None: return out.groups
     if out.similarities is None: raise ValueError('the output has neither: ask for want=[evidence_kind(model)]')
     return out.similarities.transpose(1, 2).flatten(2, 3)
+
+def weighed_maps(model: Model, out: Output) -> Tensor:  # (B, C, E, h, w)
+    "The evidence of which logits are a weighted sum: `evidence_maps`, but under a head where the nearest prototype decides, 0 for the others."
+    if out.groups is not None: return out.groups
+    return evidence_maps(Output(out.logits, similarities=model.head.weighed(out.similarities, model.prototypes.alive)))
 
 def evidence_weights(model: Model) -> Tensor:  # (C, C, E): to class, from class, evidence
     "Last-layer weights, 0 for evidence that does not exist: dead prototypes, groups of dead classes."

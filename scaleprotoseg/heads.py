@@ -53,6 +53,10 @@ class LinearHead(nn.Module):
         "Which prototypes count: (S, C, K) bool, the living."
         return alive
 
+    def weighed(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
+        "What the last layer weighs: all similarities."
+        return similarities
+
     def extra_repr(self): return '{0} classes x ({0} classes x {1} scales x {2}) weights'.format(*self.weight.shape[1:])
 
 # %% ../nbs/05_heads.ipynb #cell-13
@@ -158,6 +162,13 @@ class NearestHead(nn.Module):
     def used(self, alive: Tensor) -> Tensor:
         "Which prototypes count: (S, C, K) bool, the living."
         return alive
+
+    def weighed(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
+        "What the last layer weighs: at each position the similarity of the nearest prototype of each class, 0 for the others."
+        flat = similarities.masked_fill(~alive[..., None, None], -torch.inf).transpose(1, 2).flatten(2, 3)        # (B, C, S*K, h, w)
+        nearest = flat.argmax(2, keepdim=True)
+        won = torch.zeros_like(flat).scatter(2, nearest, flat.gather(2, nearest).clamp_min(-1.))
+        return won.unflatten(2, (alive.shape[0], alive.shape[2])).transpose(1, 2)
 
     def extra_repr(self): return f'{self.last[0, 0, 0, 0]:g} times the largest of {self.last[0, 0].numel()} similarities'
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .data import Labels, image_to_tensor, read_image
 from .evaluation import Evaluation, segment
 from .explain import (Atlas, as_picture, evidence_kind, evidence_maps, evidence_names,
-                                   evidence_weights, overlay, read_atlas, scale_names)
+                                   evidence_weights, overlay, read_atlas, scale_names, weighed_maps)
 from .model import Model, Output, load_model, pick_device, read_config
 from .projection import Source
 from .recipes import RECIPES
@@ -240,7 +240,7 @@ def explain_region(model: Model, out: Output, image: np.ndarray, region: np.ndar
     mean = lambda maps: (maps[0].cpu().double() * cells).sum((-2, -1))           # linear: the sum property survives
     scores, similarities, heat = mean(out.logits), mean(out.similarities), evidence_maps(out)[0].float().cpu().numpy()
     cls = int(scores.argmax()) if cls is None else cls
-    activations, last = mean(evidence_maps(out)), evidence_weights(model)[cls].cpu().double()
+    activations, last = mean(weighed_maps(model, out)), evidence_weights(model)[cls].cpu().double()
     exists = model.head.evidence(model.prototypes.alive).flatten(1)
     names, members = evidence_names(model), _members(model, similarities, atlas)
     evidence = [Evidence(c, e, f'{labels.names[c]} {names[e]}', float(activations[c, e]), float(last[c, e]),

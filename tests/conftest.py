@@ -13,6 +13,11 @@ os.environ['OMP_NUM_THREADS'] = '1'
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    "The file that takes longest comes first; where files run side by side, all others run beside it."
+    items.sort(key=lambda item: item.path.name != 'test_workflow.py')
+
+
 def _needs(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f'needs ../{path.relative_to(SHARED.parent)}')

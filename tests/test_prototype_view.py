@@ -1,0 +1,85 @@
+"""The prototype view in the contract of the other methods: what decides, what explains, what moves, what is saved."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from scaleprotoseg.data import Labels
+from scaleprotoseg.explain import Atlas, assignment_map
+from scaleprotoseg.failures import evidence_parts
+from scaleprotoseg.model import build_model, load_model, save_model
+from scaleprotoseg.predict import explain_region
+from scaleprotoseg.projection import Projection
+from scaleprotoseg.training import assigned_prototypes, followed_sums
+
+CONFIG = dict(backbone=dict(name='unet', width=4), head='nearest', activation='unit', similarity='cosine', classes=4, scales=1, channels=6, per_class=3)
+LABELS = Labels(tuple('abcd'), ((0, 0, 0), (80, 0, 0), (0, 80, 0), (0, 0, 80)))
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    m = build_model(CONFIG).eval()
+    m.prototypes.kill_(torch.tensor([[[False] * 3, [True, False, False], [False, True, True], [False] * 3]]))
+    return m
+
+
+@pytest.fixture
+def out(model):
+    with torch.no_grad(): return model(torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(1)), ('features', 'distances', 'similarities'))
+
+
+def test_the_nearest_of_all_living_prototypes_decides(model, out):
+    dead = ~model.prototypes.alive[..., None, None]
+    flat = out.similarities.masked_fill(dead, -2.).flatten(1, 3)
+    assert torch.equal(out.logits.argmax(1), flat.argmax(1) // 3)
+    torch.testing.assert_close(out.distances, (1 - out.similarities).clamp_min(0))
+
+
+def test_contributions_add_up_to_logits(model, out):
+    image, region = np.zeros((24, 32, 3), np.uint8), np.zeros((24, 32), bool)
+    region[3:20, 5:30] = True
+    why = explain_region(model, out, image, region, Atlas([], np.zeros((0, 64, 64, 3), np.uint8)), LABELS)
+    assert sum(e.contribution for e in why.evidence) == pytest.approx(why.logit, abs=1e-5)
+    base, parts = evidence_parts(model, out.similarities, torch.ones(out.logits.shape[-2:]))
+    last = model.head.last.flatten(2).double()
+    torch.testing.assert_close(((base + parts.sum((-2, -1)))[None] * last).sum((1, 2)), out.logits[0].sum((1, 2)).double(), atol=1e-3, rtol=1e-4)
+
+
+def test_assignment_is_the_nearest_living_of_the_own_class(model, out):
+    chosen = assignment_map(model, out)
+    own = out.similarities[0, 0].masked_fill(~model.prototypes.alive[0, ..., None, None], -2.)
+    expected = own[out.logits[0].argmax(0), :, torch.arange(own.shape[-2])[:, None], torch.arange(own.shape[-1])].argmax(-1)
+    assert torch.equal(chosen[0], expected)
+
+
+def test_only_correct_positions_move_prototypes(model, out):
+    labels = out.logits.argmax(1)
+    labels[0, :4], labels[0, 4:6] = (labels[0, :4] + 1) % 4, -1                          # wrong; void
+    assigned = assigned_prototypes(out, labels, model)
+    assert ((assigned >= 0) == (labels >= 0)).all()
+    alive = model.prototypes.alive[0]
+    assert alive[labels[labels >= 0], assigned[labels >= 0]].all()
+    sums = followed_sums(out, labels, assigned, model)
+    assert sums[:, -1].sum() == labels[0, 6:].numel()
+    c, k = (int(x[0, 10, 10]) for x in (labels, assigned))
+    mine = (labels == c) & (assigned == k)
+    mine[0, :4] = False
+    torch.testing.assert_close(sums[c * 3 + k, :-1], out.features[0, 0][:, mine[0]].sum(1), atol=1e-4, rtol=0)
+
+
+def test_snapped_prototypes_are_features_of_positions(model, out):
+    projection = Projection(model.prototypes)
+    projection.update(0, out.features, out.distances, out.similarities, out.logits.argmax(1))
+    projection.apply_(model.prototypes)
+    alive = model.prototypes.alive & (projection.image >= 0)
+    flat = F.normalize(out.features[0, 0].flatten(1), dim=0)
+    best = torch.einsum('ckd,dn->ckn', model.prototypes.vectors[0], flat).amax(-1)
+    assert alive.any() and torch.allclose(best[alive[0]], torch.ones(()), atol=1e-5)
+
+
+def test_saved_and_loaded_is_the_same(model, out, tmp_path):
+    save_model(model, CONFIG, tmp_path)
+    again = load_model(tmp_path)
+    assert torch.equal(again.prototypes.vectors, model.prototypes.vectors) and torch.equal(again.prototypes.alive, model.prototypes.alive)
+    with torch.no_grad(): assert torch.equal(again(torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(1))).logits, out.logits)
