@@ -123,7 +123,7 @@ def evidence_parts(model: Model,
     """Activation of every piece of evidence over a region, shared by its prototypes: mean activation = base + sum of the parts.
 
     base: 1 for a living group (its activation without similarity), 0 for prototypes under a linear head."""
-    if not isinstance(model.head, GroupHead): similarities = model.head.weighed(similarities, model.prototypes.alive)
+    similarities = model.head.weighed(similarities, model.prototypes.alive)
     alive, chosen = model.prototypes.alive.transpose(0, 1).cpu(), torch.nonzero(cells.reshape(-1, cells.shape[-2:].numel()).any(0))[:, 0]
     a = similarities[0].transpose(0, 1).flatten(1, 2).flatten(2)[..., chosen].cpu().double()        # (C, SK, n); MPS has no float64
     weight = cells.flatten(-2)[..., chosen].cpu().double().expand(len(a), -1)[:, None]              # (C, 1, n)
