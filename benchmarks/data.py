@@ -131,7 +131,7 @@ def measured(name: str, layout: Layout, repeats: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         write(layout, Path(folder))
         ds = opened(layout, Path(folder))
-        runs = in_turns(forms(ds, Augment(data.crop, data.scale, data.flip, data.warp)), repeats)
+        runs = in_turns(forms(ds, data.augment), repeats)
         seconds = {form: [s / IMAGES for s in run] for form, run in runs.items()}
         kilobytes = {f'kB, {kind}': Path(path).stat().st_size / 1000 for kind, path in zip(('image', 'label'), files(ds, 0))}
     made = row(f'{name}, {"×".join(map(str, SIZES[layout.size].image))}', f'training sample, crop {data.crop[0]}×{data.crop[1]}', seconds, 'published', 'decode', **kilobytes)

@@ -343,7 +343,7 @@ class Claim:
 _QUESTIONS = {   # variant -> what it asks
     'no_diversity': 'What is the diversity loss worth?', 'shifted_labels': 'What do the published, shifted labels of the diversity loss cost?',
     'legacy': "What do the published program's faults cost?", 'one_scale': 'Is it the scales, or the number of prototypes?',
-    'no_entropy': 'What does the entropy of groups cost?'}
+    'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does the Lovász loss add?'}
 
 def claims(experiment: str) -> list[Claim]:
     "The differences between methods, between their stages, and between the main recipe and each variant of an experiment."
@@ -354,7 +354,13 @@ def claims(experiment: str) -> list[Claim]:
         box = next(r for r in compared(experiment) if not r.model.get('per_class') and r.stages[0].head == 'direct')
         found = [Claim('What does interpretability cost?', case(grouped), case(box)),
                  Claim('What do groups cost?', case(grouped), case(grouped, 'finetune')),
+                 Claim('Do several scales help, without groups and pruning?', case(grouped, 'finetune'), case(main['protoseg'], 'finetune')),
                  Claim('Do several scales and groups help?', case(grouped), case(main['protoseg']))]
+    better = {r.method: r for r in known_recipes(experiment) if r.variant == 'plus'}
+    if 'scaleprotoseg' in better:
+        box = next(r for r in better.values() if not r.model.get('per_class'))
+        found = [Claim('Does the Lovász loss make up for groups and prototypes?', case(better['scaleprotoseg']), case(main[box.method])),
+                 Claim('… if the black box has it too?', case(better['scaleprotoseg']), case(box))]
     for r in known_recipes(experiment):
         k = re.fullmatch(r'k(\d+)', r.variant)
         if ask := f'Are {k[1]} prototypes per class{" and scale" * (r.model["scales"] > 1)} enough?' if k else _QUESTIONS.get(r.variant):
@@ -363,17 +369,23 @@ def claims(experiment: str) -> list[Claim]:
 
 def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                  experiment: str) -> pd.DataFrame:
-    "mIoU and used prototypes of both models of every claim, and mean and deviation of the difference over seeds that both have."
+    """mIoU and used prototypes of both models of every claim, means over pairs; and mean and deviation of the pairs' difference.
+
+    A pair is a seed, on one division of the images into training and validation, that both models have."""
     import pandas as pd
+    mean = lambda x: statistics.fmean(x) if x else None
     rows = []
     for c in claims(experiment):
-        a, b = ({r.seed: r.miou for r in _at(frame, x).itertuples()} for x in (c.this, c.against))
-        pairs = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
-        this, against = (summarise(frame, x.recipe, x.stage) for x in (c.this, c.against))
+        this, against = ({(r.variant if r.variant in _draws(experiment) else '', r.seed): r for r in _at(frame, x).itertuples()}
+                         for x in (c.this, c.against))
+        pairs = [(this[k], against[k]) for k in this.keys() & against.keys()]
+        apart = [a.miou - b.miou for a, b in pairs]
+        used = [[r.alive if r.active is None or pd.isna(r.active) else r.active for r in side] for side in zip(*pairs)] or [[], []]
+        counted = [whole(mean(n)) if n and all(x == x and x is not None for x in n) else None for n in used]
         rows.append({'question': c.question, 'this': _words(c.this), 'against': _words(c.against), 'pairs': len(pairs),
-                     'miou': this['miou'], 'against_miou': against['miou'],
-                     'difference': statistics.fmean(pairs) if pairs else None, 'std': statistics.stdev(pairs) if len(pairs) > 1 else None,
-                     'prototypes': this['prototypes'], 'against_prototypes': against['prototypes']})
+                     'miou': mean([a.miou for a, _ in pairs]), 'against_miou': mean([b.miou for _, b in pairs]),
+                     'difference': mean(apart), 'std': statistics.stdev(apart) if len(apart) > 1 else None,
+                     'prototypes': counted[0], 'against_prototypes': counted[1]})
     return pd.DataFrame(rows, dtype=object)
 
 def claims_runs(frame: pd.DataFrame, experiment: str) -> pd.DataFrame:
@@ -381,7 +393,12 @@ def claims_runs(frame: pd.DataFrame, experiment: str) -> pd.DataFrame:
     import pandas as pd
     return pd.concat([_at(frame, x) for c in claims(experiment) for x in (c.this, c.against)]).drop_duplicates(['method', 'variant', 'stage', 'seed'])
 
-def _at(frame, case): return frame[(frame.method == case.recipe.method) & (frame.variant == case.recipe.variant) & (frame.stage == case.stage)]
+def _at(frame, case):
+    "The runs of a case; those of a main recipe on other divisions of the images are among them."
+    variants = {case.recipe.variant, *([] if case.recipe.variant else _draws(case.recipe.experiment))}
+    return frame[(frame.method == case.recipe.method) & frame.variant.isin(variants) & (frame.stage == case.stage)]
+
+def _draws(experiment: str) -> set[str]: return {r.variant for r in other_draws(main_experiment(experiment))}
 
 def _words(case): return ' '.join([METHOD_NAMES.get(case.recipe.method, case.recipe.method), case.recipe.variant,
                                    f'({case.stage})' if case.stage != case.recipe.last.name else '']).replace('  ', ' ').strip()

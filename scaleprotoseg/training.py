@@ -40,8 +40,8 @@ from .data import Sample, check_dataset, fingerprint, lookup, open_dataset, read
 from .evaluation import evaluate
 from .failures import check_veto, count_blame, drawn_at_random, most_blamed
 from .heads import GroupHead
-from .losses import (compared, cross_entropy, diversity, group_entropy, legacy_labels, off_class_l1, own_class,
-                                  prototype_contrast, prototype_distance)
+from .losses import (compared, cross_entropy, diversity, group_entropy, legacy_labels, lovasz, off_class_l1,
+                                  own_class, prototype_contrast, prototype_distance)
 from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
 from .model import (Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model,
                                  save_weights, write_json)
@@ -50,7 +50,7 @@ from .pruning import NearestPatches
 from .recipes import Data, Recipe, Stage, Train, find_recipe
 from .runs import (Interrupted, Log, check_space, device_name, is_finished, link, load_resume, locked, provenance,
                                 run_folder, save_resume)
-from .transforms import Augment, augment, reduce_labels
+from .transforms import augment, reduce_labels
 
 # %% ../nbs/12_training.ipynb #cell-05
 class InMemory:
@@ -89,7 +89,7 @@ class StepBatches(torch.utils.data.Dataset):
     "What stands at given positions of the endless sequence of images: images (B, 3, h, w) and labels (B, h, w)."
     def __init__(self, dataset, data: Data, fill: list[float], seed: int, stage: str):
         self.dataset, self.fill, self.keys = dataset, fill, (seed, stage)
-        self.augment = Augment(data.crop, data.scale, data.flip, data.warp)
+        self.augment = data.augment
 
     def index(self, position: int) -> int:
         "Which image stands at a position of the endless sequence of epochs."
@@ -114,13 +114,14 @@ def stage_losses(out: Output,     # with distances if diversity has a weight
                  labels: Tensor,  # (B, H, W) or (B, h, w) int64
                  model: Model, train: Train,
                  whole: Tensor | None = None,  # (3,) counts of the update that this pass is a part of; None: it is the whole
-                 share: float = 1.,            # of this pass in losses that look at no image
+                 share: float = 1.,            # of this pass in the update, for losses that no `count` divides
                  assigned: Tensor | None = None,  # (B, h, w) a prototype per position, of `assigned_prototypes`
                 ) -> dict[str, Tensor]:
     "Weighted losses by name; every weight is applied here and nowhere else. Over all parts of an update they add up to its losses."
     labels = reduce_labels(labels, out.logits.shape[-2:])
     labelled, pairs, followed = (None, None, None) if whole is None else whole
     losses = {'ce': cross_entropy(out.logits, labels, labelled)}
+    if train.lovasz: losses['lovasz'] = share * train.lovasz * lovasz(out.logits, labels)
     if train.contrast:
         losses['contrast'] = train.contrast * prototype_contrast(out.similarities, labels, assigned, model.prototypes.alive, count=followed)
     if train.distance: losses['distance'] = train.distance * prototype_distance(out.similarities, labels, assigned, followed)

@@ -53,11 +53,13 @@ class Augment:
     scale: tuple[float, float] = (0.5, 1.5)   # range of the uniform scale factor
     flip:  float = 0.5                        # probability of a horizontal flip
     warp:  Warp | None = None                 # a small affine distortion of the crop, and blur
+    jitter: float = 0.                        # brightness, contrast and saturation are changed by factors in 1 ± jitter
 
     def __post_init__(self):
         if min(self.crop) < 1: raise ValueError(f'crop must be at least 1x1, got {self.crop}')
         if not 0 < self.scale[0] <= self.scale[1]: raise ValueError(f'scale needs 0 < low <= high, got {self.scale}')
         if not 0 <= self.flip <= 1: raise ValueError(f'flip is a probability, got {self.flip}')
+        if not 0 <= self.jitter <= 1: raise ValueError(f'jitter is a share of 1, got {self.jitter}')
 
     def draw(self, size: tuple[int, int],  # H, W of the image
              rng: np.random.Generator      # moved on by four draws, whatever they give
@@ -116,13 +118,18 @@ def _padded(x: Tensor,             # (..., h, w), at most as large as the crop
     out[..., :x.shape[-2], :x.shape[-1]] = x
     return out
 
+def _jittered(image: Tensor, jitter: float, rng: np.random.Generator) -> Tensor:
+    "Brightness, contrast and saturation times random factors, in this order."
+    for change in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation): image = change(image, rng.uniform(1 - jitter, 1 + jitter))
+    return image
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
 def augment(sample: Sample, how: Augment,
             rng: np.random.Generator,                           # the only source of randomness
             fill: tuple[float, float, float] = IMAGENET_MEAN    # the model's mean colour: 0 after normalisation
            ) -> tuple[Tensor, Tensor]:                          # (3, h, w) float32 in [0, 1]; (h, w) int64
-    """Scale, pad at the bottom and right, crop to `how.crop` = (h, w), flip (reference code, sample pipeline).
+    """Scale, pad at the bottom and right, crop to `how.crop` = (h, w), flip (reference code, sample pipeline); jitter and warp if asked for.
 
     The image is bilinear, the label nearest, both at half-pixel centres, so they stay aligned. Padding is `fill` in the
     image and void in the label. The sample is not changed.
@@ -131,7 +138,9 @@ def augment(sample: Sample, how: Augment,
     d = how.draw((H, W), rng)
     rows, cols = (range(at, min(at + c, m)) for at, c, m in zip(d.corner, how.crop, d.size))
     y, x = (cell_centres(n, m, new.start, len(new)) for n, m, new in zip((H, W), d.size, (rows, cols)))
-    image = _padded(_sample_bilinear(sample.pixels, d.size, rows, cols), how.crop, torch.tensor(fill).view(3, 1, 1))
+    image = _sample_bilinear(sample.pixels, d.size, rows, cols)
+    if how.jitter: image = _jittered(image, how.jitter, rng)
+    image = _padded(image, how.crop, torch.tensor(fill).view(3, 1, 1))
     label = torch.from_numpy(sample.label.numpy().take((y[:, None] * W + x).numpy()))   # label[y[:, None], x] takes twice as long
     label = _padded(label, how.crop, torch.tensor([[Labels.ignore]]))
     if d.flip: image, label = image.flip(-1), label.flip(-1)
