@@ -22,13 +22,14 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .catalogue import CATALOGUE
 from .contents import (PAPER_NOTEBOOKS, contents_markdown, contents_table, dataset_key, is_ablation, joined,
                                     known_recipes, main_experiment, main_table, paper_notebooks)
 from .data import Dataset, Labels, Sample, lookup, open_dataset
 from .evaluation import segment
 from .explain import Atlas, read_atlas
 from .interpretability import used_prototypes
-from .model import Model, load_model, pick_device, read_config, replace_file
+from .model import Model, load_model, pick_device, read_config, replace_file, write_json
 from .recipes import Recipe, experiments, find_recipe, recipes_of
 from .runs import from_root, is_finished, read_metrics, run_folder
 
@@ -796,6 +797,27 @@ def _what_was_run(frame: pd.DataFrame, experiment: str) -> dict[str, str]:
              'Peak memory': ', '.join(peaks),
              'Provenance': provenance_text(frame.assign(recipe=None))}
 
+def _records(runs: str | Path, frame: pd.DataFrame, experiment: str) -> dict[str, dict]:
+    "What made every finished stage and what came out, by `method/seed/stage`."
+    found = {}
+    for r in frame.itertuples():
+        recipe = find_recipe(experiment, r.method, r.variant)
+        folder = run_folder(runs, recipe, r.seed, r.stage)
+        metrics = {k: v for k, v in read_metrics(folder).items() if k in ('miou', 'accuracy', 'iou', 'prototypes', 'steps')}
+        found[f'{recipe.name.split("/")[1]}/seed{r.seed}/{r.stage}'] = {**_read_json(folder / 'provenance.json'), 'metrics': metrics}
+    return found
+
+def _terms(experiment: str) -> dict[str, str]:
+    "Of the data that pictures show, unless they are drawn by this package: name -> terms."
+    cards = [CATALOGUE.get(name) for name in sorted({r.data.dataset for r in known_recipes(experiment)})]
+    return {c.name: f'{c.what}. Terms: {c.terms}' for c in cards if c and c.name not in ('partscapes', 'folder')}
+
+def _notice(experiment: str) -> str:
+    "For people who copy pictures out of a folder of results."
+    lines = [f'- `{name}`: {text}. Home: {CATALOGUE[name].home}' for name, text in _terms(experiment).items()]
+    return '\n'.join(['# Pictures of other people\'s data', '', 'Pictures in this folder, and in its report and notebooks, show images and labels of', '',
+                      *lines, '', 'The licence of this package does not cover them. Whom to cite: `data/README.md`.', ''])
+
 def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame | None) -> str:
     "Html: what was run, and the main table."
     facts = _what_was_run(frame, experiment)
@@ -804,6 +826,7 @@ def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame | Non
     if reference is None: hidden |= {c for c in table if c.startswith('published')} | {'difference'}
     beside = ('. No published table is about all of these.' if reference is None else
               f', beside {reference.source.iloc[0]}. Other data are not comparable: no difference, no verdict.')
+    facts |= {f'Pictures of {name}': text for name, text in _terms(experiment).items()}
     return ('<dl>' + ''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in facts.items() if v) + '</dl>'
             + _html_frame(table[[c for c in table if c not in hidden]])
             + f'<p class="caption">mIoU in percent of the last stage of each {what}{escape(beside)}</p>')
@@ -835,7 +858,8 @@ def write_contents(figures: str | Path = 'figures', folder: str | Path = 'data/p
 def build_report(experiment: str, figures: str | Path = 'figures', runs: str | Path = 'runs',
                  folder: str | Path = 'data/published',  # of the published tables
                 ) -> Path:
-    """Write `<figures>/<experiment>/report.html`, one page that holds everything, and `summary.md`; renew `<figures>/contents.md`.
+    """Write `<figures>/<experiment>/report.html`, one page that holds everything, `summary.md`, `provenance.json` (what made each
+    finished stage, and its scores) and, if the data have terms of their own, `NOTICE.md`; renew `<figures>/contents.md`.
 
     FileNotFoundError if nothing was run."""
     frame, out = collect(runs, experiment), Path(figures) / experiment
@@ -851,6 +875,8 @@ def build_report(experiment: str, figures: str | Path = 'figures', runs: str | P
     out.mkdir(parents=True, exist_ok=True)
     lines = ''.join(f'- {k}: {v}\n' for k, v in _what_was_run(frame, experiment).items() if v)
     replace_file(out / 'summary.md', lambda p: p.write_text(lines, encoding='utf-8'))
+    write_json(out / 'provenance.json', _records(runs, frame, experiment))
+    if _terms(experiment): replace_file(out / 'NOTICE.md', lambda p: p.write_text(_notice(experiment), encoding='utf-8'))
     replace_file(out / 'report.html', lambda p: p.write_text(page, encoding='utf-8'))
     write_contents(figures, folder)
     return out / 'report.html'
