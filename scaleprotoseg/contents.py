@@ -114,6 +114,8 @@ PAPER_NOTEBOOKS = (
     PaperNotebook(_S, 'figure_26', 'Figure 26', 'scaleprotoseg'),
     PaperNotebook(_S, 'failure_cases', 'Figure 27-35', 'scaleprotoseg'),
     PaperNotebook(_S, 'claims', '', 'scaleprotoseg-no_entropy'),
+    PaperNotebook('families', 'overview', '', 'protoseg'),
+    PaperNotebook('families', 'health', '', 'protoseg'),
     PaperNotebook(_P, 'table_01', 'Table 1', 'protoseg-k4'),
     PaperNotebook(_P, 'figure_01', 'Figure 1-2', 'protoseg'),
     PaperNotebook(_P, 'figure_03', 'Figure 3', 'protoseg'),

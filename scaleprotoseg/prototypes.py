@@ -70,6 +70,8 @@ class _LogSimilarity(torch.autograd.Function):
 # %% ../nbs/04_prototypes.ipynb #cell-14
 class Prototypes(nn.Module):
     "`S x C x K` prototypes of `D` channels, with a bit each that says whether it is alive."
+    origin = CENTRE                  # features scatter around it in every channel
+
     def __init__(self, scales: int, classes: int, per_class: int, channels: int, epsilon: float = 1e-4):
         super().__init__()
         self.epsilon = epsilon
@@ -97,6 +99,8 @@ class Prototypes(nn.Module):
 # %% ../nbs/04_prototypes.ipynb #cell-cosine-1
 class CosinePrototypes(Prototypes):
     "Unit vectors beside unit features; they follow their pixels instead of a gradient (prototype view, Sec. 3)."
+    origin = 0.
+
     def __init__(self, scales: int, classes: int, per_class: int, channels: int):
         super().__init__(scales, classes, per_class, channels)
         del self.vectors

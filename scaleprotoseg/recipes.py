@@ -451,9 +451,9 @@ def claim_ablations(proto: Recipe, scale: Recipe) -> list[Recipe]:
             changed(scale, 'no_diversity', diversity=0.), *(changed(scale, f'k{k}', {'per_class': k}) for k in (1, 5)),
             changed(scale, 'one_scale', {'scales': 1, 'per_class': scales * per_class})]
 
-def plus(r: Recipe) -> Recipe:
-    "Not from the papers: the same network, prototypes and schedule, with a Lovász loss beside cross-entropy in every stage that trains."
-    return changed(r, 'plus', lovasz=1.)
+def plus(r: Recipe, jitter: float = 0.) -> Recipe:
+    "Not from the papers: the same network, prototypes and schedule, with a Lovász loss beside cross-entropy in every stage, and jitter of colours."
+    return changed(r, 'plus', data={'jitter': jitter}, lovasz=1.)
 
 def group_ablations(r: Recipe) -> list[Recipe]:
     "What changes in the second stage only: no entropy (ScaleProtoSeg, Tables 8 and 9), other thresholds (Table 7)."
@@ -498,7 +498,7 @@ add_recipes(*camvid('camvid-quick', crop=240, steps=dict(warmup=20, joint=200, f
                     batch=(4, 1), eval_every=0, views=1, seeds=(0,)))
 for name in ('camvid', 'camvid-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg'))
-    add_recipes(*apart(*map(plus, (box, proto, scale)), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
+    add_recipes(*apart(*(plus(r, jitter=.4) for r in (box, proto, scale)), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))))
 
 # %% ../nbs/10_recipes.ipynb #cell-45

@@ -344,7 +344,7 @@ class Claim:
 _QUESTIONS = {   # variant -> what it asks
     'no_diversity': 'What is the diversity loss worth?', 'shifted_labels': 'What do the published, shifted labels of the diversity loss cost?',
     'legacy': "What do the published program's faults cost?", 'one_scale': 'Is it the scales, or the number of prototypes?',
-    'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does the Lovász loss add?'}
+    'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does better training add?'}
 
 def claims(experiment: str) -> list[Claim]:
     "The differences between methods, between their stages, and between the main recipe and each variant of an experiment."
@@ -360,11 +360,12 @@ def claims(experiment: str) -> list[Claim]:
     better = {r.method: r for r in known_recipes(experiment) if r.variant == 'plus'}
     if 'scaleprotoseg' in better:
         box = next(r for r in better.values() if not r.model.get('per_class'))
-        found = [Claim('Does the Lovász loss make up for groups and prototypes?', case(better['scaleprotoseg']), case(main[box.method])),
+        found = [Claim('Does better training make up for groups and prototypes?', case(better['scaleprotoseg']), case(main[box.method])),
                  Claim('… if the black box has it too?', case(better['scaleprotoseg']), case(box))]
     for r in known_recipes(experiment):
         k = re.fullmatch(r'k(\d+)', r.variant)
-        if ask := f'Are {k[1]} prototypes per class{" and scale" * (r.model["scales"] > 1)} enough?' if k else _QUESTIONS.get(r.variant):
+        number = k and ('Is 1 prototype' if k[1] == '1' else f'Are {k[1]} prototypes')
+        if ask := f'{number} per class{" and scale" * (r.model["scales"] > 1)} enough?' if k else _QUESTIONS.get(r.variant):
             found.append(Claim(ask, case(r), case(main[r.method])))
     return found
 
@@ -756,7 +757,7 @@ def _section(folder: Path, name: str) -> str:
     link = f'<a href="{folder.name}/{name}.ipynb">notebook</a>' if notebook.is_file() else ''      # none without Jupyter, see `save_results`
     return f'<h3 id="{folder.name}-{name}">{escape(title)}</h3><p>{escape(promise)} {link}</p>{"".join(tables)}{figures}'
 
-_PAPERS = {'scaleprotoseg': 'ScaleProtoSeg', 'protoseg': 'ProtoSeg', 'prototype_view': 'A prototype view'}
+_PAPERS = {'scaleprotoseg': 'ScaleProtoSeg', 'protoseg': 'ProtoSeg', 'prototype_view': 'A prototype view', 'families': 'All families'}
 
 def _contents(folder: Path, experiment: str) -> str:
     "Html: a line per paper with links to its sections, and what the experiment does not have."
