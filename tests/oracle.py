@@ -214,3 +214,23 @@ def class_iou(predictions, labels, classes):
                 either += p[y, x] == c or t[y, x] == c
         out.append(both / either if either else None)
     return out
+
+
+def lovasz(logits, labels):
+    "Lovász-Softmax, image by image and class by class: each error times the growth of the Jaccard loss when its pixel joins the wrong ones."
+    scores = []
+    for image, label in zip(logits, labels):                                   # (C, h, w), (h, w)
+        there = label >= 0
+        p = np.exp(image[:, there] - image[:, there].max(0))
+        p, y, losses = p / p.sum(0), label[there], []
+        for c in sorted(set(y.tolist())):
+            error, wrong, before, loss = np.abs((y == c) - p[c]), set(), 0., 0.
+            for i in np.argsort(-error, kind='stable').tolist():
+                wrong.add(i)
+                said = {j for j in range(len(y)) if (y[j] == c) != (j in wrong)}   # the pixels called c if these were wrong
+                true = set(np.flatnonzero(y == c).tolist())
+                jaccard = 1 - len(said & true) / len(said | true)
+                loss, before = loss + error[i] * (jaccard - before), jaccard
+            losses.append(loss)
+        scores.append(np.mean(losses) if losses else 0.)
+    return float(np.mean(scores))

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 from scaleprotoseg.heads import GroupHead, LinearHead, to_simplex
-from scaleprotoseg.losses import cross_entropy, diversity, group_entropy, legacy_labels, off_class_l1
+from scaleprotoseg.losses import cross_entropy, diversity, group_entropy, legacy_labels, lovasz, off_class_l1
 from scaleprotoseg.metrics import (average_weight, class_iou, confusion, group_statistics, mean_iou, pixel_accuracy,
                                    threshold_sweep)
 from scaleprotoseg.model import OUTPUTS, Model
@@ -386,3 +386,14 @@ def test_average_weight_is_over_what_lives(case):
     C = len(weight)
     w = [abs(weight[to, c, s, k].item()) for to in range(C) for c in range(C) for s, k in oracle.living(alive, c)]
     assert average_weight(weight, case.linear.evidence(case.alive)) == pytest.approx(np.mean(w) if w else 0., rel=1e-5)
+
+
+@few
+@given(arrays(np.float64, (2, 3, 2, 4), elements=st.floats(-3, 3)), arrays(np.int64, (2, 2, 4), elements=st.integers(-1, 2)))
+def test_lovasz(logits, labels):
+    x, y = torch.from_numpy(logits).requires_grad_(), torch.from_numpy(labels)
+    loss = lovasz(x, y)
+    close(loss, oracle.lovasz(logits, labels))
+    close(loss, sum(lovasz(x[i:i + 1], y[i:i + 1]) for i in range(2)) / 2)       # the parts of an update
+    loss.backward()
+    assert x.grad.isfinite().all() and (x.grad.abs().sum(1)[y < 0] == 0).all()   # void teaches nothing

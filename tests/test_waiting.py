@@ -25,12 +25,12 @@ def batch(model): return torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=
 @pytest.mark.parametrize('legacy', [False, True])
 def test_training_step(head, extra, legacy, valueless):
     model = build_model({**CONFIG, 'head': head})
-    train = Train(steps=1, lr=LR | extra, diversity=0.25, l1=1e-4, entropy=0.1 if extra else 0., legacy_labels=legacy)
+    train = Train(steps=1, lr=LR | extra, diversity=0.25, l1=1e-4, entropy=0.1 if extra else 0., lovasz=1., legacy_labels=legacy)
     model.train_only_(train.lr)
     optimizer, (x, y) = make_optimizer(model, train), batch(model)
     outputs = model.outputs(x, ('distances',))
     losses = mean_losses(outputs, y, model, train, update_counts(outputs, y, model, train))
-    assert losses.keys() == {'ce', 'diversity', 'l1', *(['entropy'] if extra else [])}
+    assert losses.keys() == {'ce', 'lovasz', 'diversity', 'l1', *(['entropy'] if extra else [])}
     sum(losses.values()).backward()
     optimizer.step()
     if extra: model.head.project_(model.prototypes.alive)
