@@ -30,10 +30,11 @@ def lovasz(logits: Tensor,  # (B, C, h, w)
     errors = ((truth - logits.softmax(1)).abs() * there).flatten(2)
     errors, order = errors.sort(-1, descending=True)
     truth = truth.flatten(2).gather(-1, order)
-    found, total = truth.cumsum(-1), truth.sum(-1, keepdim=True)
-    wrong = 1 - (total - found) / (total + torch.arange(1, truth.shape[-1] + 1, device=truth.device) - found)   # Jaccard loss of the first n
-    losses = (errors * wrong.diff(dim=-1, prepend=torch.zeros_like(wrong[..., :1]))).sum(-1)           # (B, C)
-    present = total[..., 0] > 0
+    total = truth.sum(-1, keepdim=True)
+    right = total - truth.cumsum(-1)                                         # if the first n pixels are wrong
+    union = right + torch.arange(1, truth.shape[-1] + 1, device=truth.device).to(errors.dtype)
+    growth = torch.where(truth > 0, 1., right / (union - 1).clamp_min(1)) / union          # of 1 - right / union by the n-th pixel
+    losses, present = (errors * growth).sum(-1), total[..., 0] > 0                         # (B, C)
     return ((losses * present).sum(1) / present.sum(1).clamp_min(1)).mean()
 
 # %% ../nbs/07_losses.ipynb #cell-07
