@@ -72,7 +72,7 @@ def test_settings_and_pyproject_agree():
 
 
 def test_environment_yml_installs_the_same_extras():
-    assert '-e .[repro,lite0,deploy,dev]' in (ROOT / 'environment.yml').read_text()
+    assert '-e .[repro,lite0,segformer,deploy,dev]' in (ROOT / 'environment.yml').read_text()
 
 
 def test_import_is_quick_and_needs_only_the_core():
