@@ -90,18 +90,18 @@ def _elsewhere(method: str, experiment: str, data: set[str]) -> str:
 
 # %% ../nbs/15_contents.ipynb #cell-09
 _OWN_TABLE = ('em', 'em, other split', 'cocostuff')      # data that Table 1 does not have, and not even similar ones
-_S, _P = 'scaleprotoseg', 'protoseg'
+_S, _P, _V = 'scaleprotoseg', 'protoseg', 'prototype_view'
 
 PAPER_NOTEBOOKS = (
-    PaperNotebook(_S, 'table_01', 'Table 1', without=_OWN_TABLE, accuracies='scaleprotoseg_table_01'),
-    PaperNotebook(_S, 'table_02', 'Table 2'),
-    PaperNotebook(_S, 'table_03', 'Table 3-4', parts=True),
+    PaperNotebook(_S, 'table_01', 'Table 1', 'protoseg', without=_OWN_TABLE, accuracies='scaleprotoseg_table_01'),
+    PaperNotebook(_S, 'table_02', 'Table 2', 'protoseg'),
+    PaperNotebook(_S, 'table_03', 'Table 3-4', 'protoseg', parts=True),
     PaperNotebook(_S, 'table_05', 'Table 5', only=('em',), accuracies='scaleprotoseg_table_05'),
     PaperNotebook(_S, 'table_06', 'Table 6', only=('cocostuff',), accuracies='scaleprotoseg_table_06'),
     PaperNotebook(_S, 'table_07', 'Table 7', 'scaleprotoseg-tau'),
     PaperNotebook(_S, 'table_08', 'Table 8', 'scaleprotoseg-no_entropy'),
     PaperNotebook(_S, 'table_09', 'Table 9', 'scaleprotoseg-no_entropy'),
-    PaperNotebook(_S, 'table_10', 'Table 10'),
+    PaperNotebook(_S, 'table_10', 'Table 10', 'protoseg'),
     PaperNotebook(_S, 'figure_01', 'Figure 1', 'scaleprotoseg'),
     PaperNotebook(_S, 'figure_02', 'Figure 2', 'scaleprotoseg'),
     PaperNotebook(_S, 'figure_03', 'Figure 3', 'scaleprotoseg'),
@@ -109,18 +109,23 @@ PAPER_NOTEBOOKS = (
     PaperNotebook(_S, 'figure_05', 'Figure 5, 12-13', 'scaleprotoseg'),
     PaperNotebook(_S, 'figure_06', 'Figure 6', 'scaleprotoseg-no_entropy'),
     PaperNotebook(_S, 'figure_07', 'Figure 7-10', 'scaleprotoseg'),
-    PaperNotebook(_S, 'figure_14', 'Figure 14-19'),
+    PaperNotebook(_S, 'figure_14', 'Figure 14-19', 'protoseg'),
     PaperNotebook(_S, 'figure_20', 'Figure 20-25', 'scaleprotoseg'),
     PaperNotebook(_S, 'figure_26', 'Figure 26', 'scaleprotoseg'),
     PaperNotebook(_S, 'failure_cases', 'Figure 27-35', 'scaleprotoseg'),
     PaperNotebook(_S, 'claims', '', 'scaleprotoseg-no_entropy'),
-    PaperNotebook('families', 'overview', '', 'protoseg'),
-    PaperNotebook('families', 'health', '', 'protoseg'),
+    PaperNotebook('families', 'overview', ''),
+    PaperNotebook('families', 'health', ''),
     PaperNotebook(_P, 'table_01', 'Table 1', 'protoseg-k4'),
     PaperNotebook(_P, 'figure_01', 'Figure 1-2', 'protoseg'),
     PaperNotebook(_P, 'figure_03', 'Figure 3', 'protoseg'),
-    PaperNotebook(_P, 'figure_04', 'Figure 4-5'),
-    PaperNotebook(_P, 'figure_06', 'Figure 6-7', 'protoseg', only=('em', 'em, other split')))
+    PaperNotebook(_P, 'figure_04', 'Figure 4-5', 'protoseg'),
+    PaperNotebook(_P, 'figure_06', 'Figure 6-7', 'protoseg', only=('em', 'em, other split')),
+    PaperNotebook(_V, 'table_01', 'Table 1', 'prototype_view-legacy', only=('cityscapes',), accuracies='prototype_view_supplement_table_01'),
+    PaperNotebook(_V, 'table_02', 'Table 2', 'segformer', only=('ade20k',), accuracies='prototype_view_supplement_table_02'),
+    PaperNotebook(_V, 'table_03', 'Table 3', 'prototype_view-contrast_0.05'),
+    PaperNotebook(_V, 'figure_01', 'Figure 1', 'prototype_view'),
+    PaperNotebook(_V, 'figure_02', 'Figure 2-4', 'prototype_view'))
 
 def paper_notebooks(experiment: str) -> list[tuple[str, str]]:  # (paper, name)
     "The reading notebooks of an experiment, in the order of the report."
@@ -138,7 +143,7 @@ def published_contents(folder: str | Path = 'data/published') -> pd.DataFrame:
     if not path.is_file(): raise FileNotFoundError(f'{path} does not exist; run this in a checkout of the repository')
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
-SHOWN_EXPERIMENTS = ('demo', 'demo-full', 'em-quick', 'camvid-quick', 'em', 'camvid', 'pascal', 'cityscapes', 'ade20k', 'cocostuff')
+SHOWN_EXPERIMENTS = ('demo', 'demo-full', 'em-quick', 'camvid-quick', 'em', 'camvid', 'pascal', 'cityscapes', 'ade20k', 'cocostuff', 'cityscapes-hrnet', 'cityscapes-segformer', 'ade20k-segformer')
 
 # %% ../nbs/15_contents.ipynb #cell-14
 def status(notebook: PaperNotebook, experiment: str, figures: str | Path = 'figures') -> str:
@@ -174,10 +179,10 @@ def joined(items: list[str]) -> str:
 
 def contents_markdown(table: pd.DataFrame) -> str:
     "The table of contents for people: a row per notebook and title, status per experiment."
-    titles = {'scaleprotoseg': 'ScaleProtoSeg', 'protoseg': 'ProtoSeg, supplement'}
-    shown = [e for e in SHOWN_EXPERIMENTS if e in table]
+    titles = {'scaleprotoseg': 'ScaleProtoSeg', 'protoseg': 'ProtoSeg, supplement', 'prototype_view': 'A prototype view, supplement'}
     lines = []
     for paper, rows in table.groupby('paper', sort=False):
+        shown = [e for e in SHOWN_EXPERIMENTS if e in rows and rows[e].str.match('done|ready').any()]      # the others have nothing of this paper
         lines += [f'## {titles.get(paper, paper)}', '', '| ' + ' | '.join(['item', 'what', 'published on', 'notebook', *shown]) + ' |',
                   '| ' + ' | '.join(['---'] * (4 + len(shown))) + ' |']
         for (notebook, what), same in rows.groupby(['notebook', 'what'], sort=False):

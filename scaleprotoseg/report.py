@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 __all__ = ['COLUMNS', 'PUBLISHED_DATA', 'METHOD_NAMES', 'STEPS', 'collect', 'finished_stage', 'finished_seeds', 'published',
            'recipe_table', 'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published',
            'compared', 'other_draws', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case',
-           'size_cases', 'diversity_cases', 'threshold_cases', 'entropy_cases', 'ablation_table', 'Claim', 'claims',
-           'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure', 'provenance_text', 'duration',
-           'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison',
-           'notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook', 'run_cells',
+           'size_cases', 'diversity_cases', 'threshold_cases', 'weight_cases', 'entropy_cases', 'ablation_table',
+           'Claim', 'claims', 'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure', 'provenance_text',
+           'duration', 'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of', 'busiest_classes',
+           'plot_comparison', 'notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook', 'run_cells',
            'without_machine_paths', 'smaller_pictures', 'read_title', 'write_contents', 'build_report', 'save_results',
            'pack_results']
 
@@ -291,6 +291,12 @@ def threshold_cases(experiment: str) -> list[Case]:
     "The thresholds of the variant `tau`, the smallest first (ScaleProtoSeg, Table 7)."
     found = [(r, s) for r in known_recipes(experiment) for s in r.stages if r.variant == 'tau' and s.kind == 'threshold']
     return [Case(r, s.name, f'tau = {s.tau:g}') for r, s in sorted(found, key=lambda x: x[1].tau)]
+
+def weight_cases(experiment: str) -> list[Case]:
+    "The prototype view with other weights of contrast and distance, from small to large (its supplement, Table 3)."
+    found = [_main(experiment, 'prototype_view'), *(r for r in known_recipes(experiment) if re.match('contrast|distance', r.variant))]
+    weights = [(loss, getattr(r.stage('joint').train, loss), r) for loss in ('contrast', 'distance') for r in found if r.variant.startswith(loss) or not r.variant]
+    return [Case(r, r.last.name, f'{loss} = {w:g}') for loss, w, r in sorted(weights, key=lambda x: x[:2])]
 
 def entropy_cases(experiment: str) -> list[Case]:
     "Without the entropy of groups and with it (ScaleProtoSeg, Table 8)."

@@ -184,26 +184,29 @@ def followed_sums(out: Output,       # with features
 
 # %% ../nbs/12_training.ipynb #cell-10
 def parameter_groups(model: Model, train: Train) -> list[dict]:
-    "The parts that have a learning rate; weight decay for trunk and aspp only (spec 4.1); the aspp's biases on their own."
+    "The parts that have a learning rate; weight decay for trunk and aspp only (spec 4.1); biases (and norms) on their own where they are treated so."
     groups = []
     for name, lr in train.lr.items():
         trained = [p for p in model.parts()[name] if p.requires_grad]
         decay = train.decay if name in ('trunk', 'aspp') else 0.
-        apart = name == 'aspp' and (train.bias_lr != 1 or not train.bias_decay)
-        kinds = [([p for p in trained if p.ndim == 1], lr * train.bias_lr, decay * train.bias_decay)] if apart else []
+        bias_lr, bias_decay = (train.bias_lr, train.bias_decay) if name == 'aspp' else (1., True)
+        bias_decay = bias_decay and train.optimizer != 'adamw'
+        apart = bias_lr != 1 or (decay > 0 and not bias_decay)
+        kinds = [([p for p in trained if p.ndim == 1], lr * bias_lr, decay * bias_decay)] if apart else []
         kinds.insert(0, ([p for p in trained if p.ndim > 1] if apart else trained, lr, decay))
         groups += [{'params': p, 'lr': rate, 'initial_lr': rate, 'weight_decay': d} for p, rate, d in kinds]
     return groups
 
-OPTIMIZERS = {'adam': torch.optim.Adam, 'sgd': partial(torch.optim.SGD, momentum=0.9)}
+OPTIMIZERS = {'adam': torch.optim.Adam, 'sgd': partial(torch.optim.SGD, momentum=0.9), 'adamw': torch.optim.AdamW}
 
 def make_optimizer(model: Model, train: Train) -> torch.optim.Optimizer:
-    "A fresh optimiser for one stage: Adam (spec 4.1), or DeepLab's SGD with momentum 0.9."
+    "A fresh optimiser for one stage: Adam (spec 4.1), DeepLab's SGD with momentum 0.9, or SegFormer's AdamW."
     return lookup(OPTIMIZERS, train.optimizer, 'optimizer')(parameter_groups(model, train))
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, train: Train, step: int):
-    "Polynomial decay, lr_0 (1 - t/T)^power."
-    for group in optimizer.param_groups: group['lr'] = group['initial_lr'] * (1 - step / train.steps) ** train.power
+    "Polynomial decay, lr_0 (1 - t/T)^power, after a linear rise if there is one."
+    factor = (1 - step / train.steps) ** train.power * min(1., (step + 1) / (train.rise + 1))
+    for group in optimizer.param_groups: group['lr'] = group['initial_lr'] * factor
 
 # %% ../nbs/12_training.ipynb #cell-12
 @dataclass

@@ -24,7 +24,8 @@ PUBLISHED = ROOT / 'data/published'
 def test_the_list_is_that_of_the_papers():
     items = published_contents(PUBLISHED)
     numbers = {p: Counter(i.split()[0] for i in rows.item) for p, rows in items.groupby('paper')}
-    assert numbers == {'scaleprotoseg': {'Table': 10, 'Figure': 35}, 'protoseg': {'Table': 1, 'Figure': 7}}
+    assert numbers == {'scaleprotoseg': {'Table': 10, 'Figure': 35}, 'protoseg': {'Table': 1, 'Figure': 7},
+                       'prototype_view': {'Table': 3, 'Figure': 4}}
     for (_, kind), rows in items.assign(kind=items.item.str.split().str[0]).groupby(['paper', 'kind']):
         assert sorted(int(i.split()[1]) for i in rows.item) == list(range(1, len(rows) + 1)), kind
 
@@ -79,4 +80,5 @@ def test_ranges_of_items():
 
 def test_smoke_has_all_but_what_needs_other_data_or_more_variants():
     left = {(n.paper, n.name) for n in PAPER_NOTEBOOKS} - set(paper_notebooks('smoke'))
-    assert left == {('scaleprotoseg', 'table_05'), ('scaleprotoseg', 'table_06'), ('protoseg', 'table_01'), ('protoseg', 'figure_06')}
+    assert left == {('scaleprotoseg', 'table_05'), ('scaleprotoseg', 'table_06'), ('protoseg', 'table_01'), ('protoseg', 'figure_06'),
+                    *(('prototype_view', f'table_0{n}') for n in (1, 2, 3))}

@@ -9,12 +9,14 @@ FOLDER = Path(__file__).resolve().parents[1] / 'data' / 'published'
 TABLES = sorted(p for p in FOLDER.glob('*.csv') if p.stem not in ('recipes', 'contents'))     # these have other columns
 COLUMNS = ['method', 'step', 'setting', 'data', 'metric', 'value', 'std', 'source', 'note']
 METRICS = {'miou', 'prototypes', 'reduction_percent', 'group_average', 'consistency', 'stability', 'sparsity', 'group_overlap',
-           'average_weight', 'extra_parameters', 'iterations_per_second'}
+           'average_weight', 'extra_parameters', 'iterations_per_second', 'parameters_million'}
 PERCENT = {'miou', 'consistency', 'stability', 'group_overlap', 'reduction_percent'}
 SIZES = {'deeplabv2_reference': 6, 'protoseg_main': 8, 'protoseg_supplement_table_01': 7, 'scaleprotoseg_table_01': 15,
          'scaleprotoseg_table_02': 30, 'scaleprotoseg_table_03': 6, 'scaleprotoseg_table_04': 6, 'scaleprotoseg_table_05': 4,
          'scaleprotoseg_table_06': 3, 'scaleprotoseg_table_07': 27, 'scaleprotoseg_table_08': 18, 'scaleprotoseg_table_09': 6,
-         'scaleprotoseg_table_10': 18}
+         'scaleprotoseg_table_10': 18, 'prototype_view_supplement_table_01': 18, 'prototype_view_supplement_table_02': 10,
+         'prototype_view_supplement_table_03': 12}
+OTHERS = {'FCN', 'PSPNet', 'PSANet', 'DeepLabV3+', 'ContrastiveSeg', 'SETR', 'HRNetV2', 'CCNet', 'HANet', 'segformer', 'hrnet'}   # beside the prototype view
 
 
 def rows(path: Path) -> list[dict]:
@@ -40,7 +42,7 @@ def test_every_row_is_complete(path):
     assert list(found[0]) == COLUMNS and not path.read_bytes().count(b'\r')
     for r in found:
         assert None not in r and None not in r.values() and all(v == v.strip() for v in r.values()), r
-        assert r['method'] in {'deeplabv2', 'protoseg', 'scaleprotoseg'} and r['metric'] in METRICS and r['data'] and r['source'], r
+        assert r['method'] in {'deeplabv2', 'protoseg', 'scaleprotoseg', *(OTHERS | {'prototype_view'} if path.stem.startswith('prototype_view') else ())} and r['metric'] in METRICS and r['data'] and r['source'], r
         assert r['step'] in {'', 'project', 'pruned', 'grouped'} and (r['method'] != 'deeplabv2' or not r['step']), r
         if r['value']: assert 0 < float(r['value']) < (100 if r['metric'] in PERCENT else 1e6), r
         else: assert 'lost' in r['note'], r
