@@ -14,7 +14,7 @@ PERCENT = {'miou', 'consistency', 'stability', 'group_overlap', 'reduction_perce
 SIZES = {'deeplabv2_reference': 6, 'protoseg_main': 8, 'protoseg_supplement_table_01': 7, 'scaleprotoseg_table_01': 15,
          'scaleprotoseg_table_02': 30, 'scaleprotoseg_table_03': 6, 'scaleprotoseg_table_04': 6, 'scaleprotoseg_table_05': 4,
          'scaleprotoseg_table_06': 3, 'scaleprotoseg_table_07': 27, 'scaleprotoseg_table_08': 18, 'scaleprotoseg_table_09': 6,
-         'scaleprotoseg_table_10': 18, 'prototype_view_supplement_table_01': 18, 'prototype_view_supplement_table_02': 10,
+         'scaleprotoseg_table_10': 18, 'prototype_view_supplement_table_01': 17, 'prototype_view_supplement_table_02': 10,
          'prototype_view_supplement_table_03': 12}
 OTHERS = {'FCN', 'PSPNet', 'PSANet', 'DeepLabV3+', 'ContrastiveSeg', 'SETR', 'HRNetV2', 'CCNet', 'HANet', 'segformer', 'hrnet'}   # beside the prototype view
 
