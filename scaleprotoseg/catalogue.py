@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from .data import _EM_TREE, _FOLDER_TREE, lookup, open_dataset
-from .datasets import ADE20K, CamVid, Cityscapes, COCOStuff, Pascal
+from .datasets import ADE20K, ADE20KFull, CamVid, Cityscapes, COCOStuff, Pascal
 from .partscapes import SPLITS
 
 # %% ../nbs/01_catalogue.ipynb #cell-05
@@ -89,6 +89,9 @@ CATALOGUE: dict[str, Card] = {card.name: card for card in (
          '0.9 GB', dict(train=20210, val=2000), ADE20K.tree,
          (Archive('http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',
                   'ADEChallengeData2016/annotations/validation', checksum='sha1:219e1696abb36c8ba3a3afe7fb2f4b4606a897c7'),)),
+    Card('ade20k-full', 'ADE20K with its whole vocabulary (ADE20K_2021_17_01): up to 847 classes',
+         'label maps BSD-3; images for research and education, not commercial; registration', 'https://groups.csail.mit.edu/vision/datasets/ADE20K/',
+         '5 GB', dict(train=25574, val=2000), ADE20KFull.tree, note='register, take ADE20K_2021_17_01.zip; the reader could not be tried on real files.'),
     Card('cocostuff', 'COCO-Stuff 164k: 182 ids, of which 171 occur',
          'label maps CC BY 4.0; images: the terms of flickr', 'https://github.com/nightrome/cocostuff',
          '20 GB', dict(train=118287, val=5000), COCOStuff.tree,

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['PASCAL_PARTS', 'PASCAL_COUNTED', 'CITYSCAPES_PARTS', 'PASCAL', 'CITYSCAPES_IDS', 'CITYSCAPES', 'ADE20K_NAMES',
            'COCO_NAMES', 'COCO_NEVER', 'decode_uid', 'part_table', 'read_uids', 'PartFiles', 'voc_colors', 'read_mat',
-           'Pascal', 'Cityscapes', 'ADE20K', 'COCOStuff', 'CamVid']
+           'Pascal', 'Cityscapes', 'ADE20K', 'count_concepts', 'ADE20KFull', 'COCOStuff', 'CamVid']
 
 # %% ../nbs/01_datasets.ipynb #cell-03
+import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .data import Labels, Sample, _decode, _span, lookup, palette, read_pair, read_pixels, register_dataset
 
@@ -409,6 +412,62 @@ in the root or in its folder ade20k; or the content of ADEChallengeData2016 in t
         places = [f'{d}{sub}' for d in names for sub in ('', 'ADEChallengeData2016')]
         home = _home('ADE20K', root, places, ['annotations/training', 'annotations/validation'], self.tree)
         self._open(split, home/'images'/folder, home/'annotations'/folder)
+
+# %% ../nbs/01_datasets.ipynb #cell-full-1
+def count_concepts(home: Path) -> dict[int, tuple[str, int, int]]:
+    "Of ADE20K_2021_17_01: number of each concept -> name, training images and validation images that show it; kept in `concepts.json`."
+    kept = home/'concepts.json'
+    if kept.is_file(): return {int(k): tuple(v) for k, v in json.loads(kept.read_text(encoding='utf-8')).items()}
+    names, shown = {}, {s: Counter() for s in ('training', 'validation')}
+    for split, counts in shown.items():
+        files = sorted((home/split).rglob('*.json'))
+        if not files: raise FileNotFoundError(f'{home/split} holds no NAME.json, which name the concepts of an image. Expected:{ADE20KFull.tree}')
+        for path in tqdm(files, desc=f'ADE20K concepts, {split}', mininterval=2):
+            try: objects = json.loads(path.read_text(encoding='utf-8', errors='replace'))['annotation']['object']
+            except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} does not list the objects of an image ({type(e).__name__}: {e})') from e
+            whole = {int(o['name_ndx']): str(o['name']) for o in objects if int(o['parts']['part_level']) == 0}
+            names.update(whole)
+            counts.update(whole.keys())
+    found = {k: (names[k], shown['training'][k], shown['validation'][k]) for k in sorted(names)}
+    temporary = kept.with_suffix(f'.{os.getpid()}.tmp')
+    temporary.write_text(json.dumps(found, ensure_ascii=False), encoding='utf-8')
+    temporary.replace(kept)
+    return found
+
+@register_dataset('ade20k-full')
+class ADE20KFull(_Reader):
+    """ADE20K with its whole vocabulary: the `classes` concepts that most training images show, of those in both splits (at most 847).
+
+    Splits: train (25,574), val (2,000). ValueError if there are fewer such concepts."""
+    tree: ClassVar[str] = """
+  ADE20K_2021_17_01/images/ADE/training/GROUP/SCENE/NAME.jpg, NAME_seg.png and NAME.json; validation likewise
+in the root or in its folder ade20k-full; or the content of ADE20K_2021_17_01 in the root"""
+
+    def __init__(self, split: str, root: str | Path | None = None, classes: int = 847):
+        folder = lookup(dict(train='training', val='validation'), split, 'split')
+        places = [f'{d}{sub}images/ADE' for d in ('', 'ade20k-full/') for sub in ('', 'ADE20K_2021_17_01/')]
+        home = _home('ADE20K with its whole vocabulary', root, places, ['training', 'validation'], self.tree)
+        kept = [(k, v) for k, v in count_concepts(home).items() if v[1] and v[2]]
+        if not 0 < classes <= len(kept):
+            raise ValueError(f'classes={classes}: {len(kept)} concepts are shown in both training and validation images of {home}')
+        kept = sorted(kept, key=lambda x: (-x[1][1], x[0]))[:classes]
+        self.concepts = [k for k, _ in kept]
+        short = [v[0].split(',')[0].strip() for _, v in kept]
+        names = tuple(n if short.count(n) == 1 else f'{n} ({k})' for n, k in zip(short, self.concepts))
+        self.labels, self.mapping = Labels(names, palette(classes)), {k: c for c, k in enumerate(self.concepts)}
+        self._table = np.full(1 << 14, Labels.ignore, np.int64)
+        self._table[self.concepts] = np.arange(classes)
+        self._folder = home/folder
+        self.ids = sorted(str(p.relative_to(self._folder).with_suffix('')) for p in self._folder.rglob('*.jpg'))
+        maps = {i for i in self.ids if (self._folder/f'{i}_seg.png').is_file()}
+        _check_there(split, set(self.ids), maps, 'label maps', lambda i: self._folder/f'{i}_seg.png', self.tree)
+
+    def _files(self, id: str) -> tuple[Path, Path]: return self._folder/f'{id}.jpg', self._folder/f'{id}_seg.png'
+
+    def _pair(self, image: Path, label: Path) -> tuple[Tensor, Tensor]:
+        x, seg = read_pixels(image), read_pixels(label).long()
+        if x.shape != seg.shape: raise ValueError(f'sizes differ: {image} has {tuple(x.shape[1:])} but its label map {label} {tuple(seg.shape[1:])} rows and columns')
+        return x, torch.from_numpy(self._table[(seg[0] // 10 * 256 + seg[1]).numpy()])
 
 # %% ../nbs/01_datasets.ipynb #cell-41
 COCO_NAMES = tuple((

@@ -507,6 +507,10 @@ add_recipes(*view_recipes('cityscapes-hrnet', 'hrnet', replace(city, crop=(512, 
 add_recipes(*view_recipes('cityscapes-segformer', 'segformer', replace(city, evaluation=Evaluation(window=(1024, 1024), overlap=.25)),
                           dict(name='segformer', arch='b5', width=768, **whole), 768, adamw(160_000, 8)))
 add_recipes(*view_recipes('ade20k-segformer', 'segformer', published_data('ade20k', 512, scale=(.5, 2.), shorter=512), dict(name='segformer', **whole), 256, adamw(160_000, 16)))
+for n in (300, 500, 700, 847):             # of the whole vocabulary; each class has ten more vectors and not one more parameter
+    full = published_data('ade20k-full', 512, scale=(.5, 2.), shorter=512)
+    full = replace(full, splits={role: {**options, 'classes': n} for role, options in full.splits.items()})
+    add_recipes(*view_recipes(f'ade20k-{n}', 'segformer', full, dict(name='segformer', **whole), 256, adamw(160_000, 16)))
 view = find_recipe('ade20k-segformer', 'prototype_view')
 WEIGHTS = (.001, .005, .02, .03, .05)      # of Table S3, beside the main recipe's 0.01
 add_recipes(*apart(*(changed(view, f'{loss}_{w:g}', **{loss: w}) for loss in ('contrast', 'distance') for w in WEIGHTS)))
