@@ -231,7 +231,7 @@ def test_archive_of_something_else_is_noticed(camvid_site, tmp_path):
     with pytest.raises(ValueError, match='two.tar is damaged'): C.download('camvid', tmp_path, progress=False)
 
 
-@pytest.mark.parametrize('name', ['cityscapes', 'cityscapes-parts', 'pascal-parts', 'em', 'camvid', 'partscapes', 'folder'])
+@pytest.mark.parametrize('name', ['cityscapes', 'cityscapes-parts', 'pascal-parts', 'ade20k-full', 'em', 'camvid', 'partscapes', 'folder'])
 def test_what_must_not_or_cannot_be_fetched_says_how_to_get_it(name, tmp_path):
     with pytest.raises(ValueError, match=f'{name} cannot be downloaded by a program'): C.download(name, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -247,7 +247,7 @@ def test_unknown_names_suggest_the_nearest(tmp_path):
 def test_every_dataset_has_a_card_and_every_card_a_dataset():
     assert {c.dataset or c.name for c in C.CATALOGUE.values()} <= set(DATASETS)
     assert {'partscapes', 'pascal', 'cityscapes', 'ade20k', 'cocostuff', 'em', 'camvid', 'folder', 'pascal-parts',
-            'cityscapes-parts'} == set(C.CATALOGUE)
+            'cityscapes-parts', 'ade20k-full'} == set(C.CATALOGUE)
 
 
 def test_cards_are_complete_and_their_sizes_are_the_published_ones():
