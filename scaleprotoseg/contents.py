@@ -49,7 +49,7 @@ class PaperNotebook:
     paper: str
     name: str
     shows: str                      # items of the paper: 'Table 1', or 'Figure 4, 11', or 'Figure 14-19'; empty: what is only ours
-    needs: str = ''                 # a method, or a variant of it, as in `scaleprotoseg-tau`
+    needs: str = ''                 # a method, or a variant of it, as in `scaleprotoseg-tau`; several with ` or ` between them
     only: tuple[str, ...] = ()      # as `dataset_key` calls the data; empty: all
     without: tuple[str, ...] = ()
     parts: bool = False             # has it more to show where parts are labelled?
@@ -70,7 +70,8 @@ class PaperNotebook:
         if self.only and not data & set(self.only): return f'needs {" or ".join(dict.fromkeys(DATA_NAMES[d] for d in self.only))}'
         if data & set(self.without): return 'has its own'
         if is_ablation(experiment) and '-' not in self.needs: return f'in {main_experiment(experiment)}'
-        if self.needs and self.needs not in methods: return _elsewhere(self.needs, experiment, data)
+        needs = self.needs.split(' or ')
+        if self.needs and not methods & set(needs): return _elsewhere(needs[0], experiment, data)
         return ''
 
     def suits(self, experiment: str) -> bool: return not self.lacks(experiment)
@@ -113,7 +114,7 @@ PAPER_NOTEBOOKS = (
     PaperNotebook(_S, 'figure_20', 'Figure 20-25', 'scaleprotoseg'),
     PaperNotebook(_S, 'figure_26', 'Figure 26', 'scaleprotoseg'),
     PaperNotebook(_S, 'failure_cases', 'Figure 27-35', 'scaleprotoseg'),
-    PaperNotebook(_S, 'claims', '', 'scaleprotoseg-no_entropy'),
+    PaperNotebook(_S, 'claims', '', 'scaleprotoseg-no_entropy or scaleprotoseg-one_scale'),
     PaperNotebook('families', 'overview', ''),
     PaperNotebook('families', 'health', ''),
     PaperNotebook(_P, 'table_01', 'Table 1', 'protoseg-k4'),

@@ -294,7 +294,7 @@ def partscapes_recipes(experiment: str, size: tuple[int, int], crop: tuple[int, 
         group_joint=Train(steps['group_joint'], dict(groups=1e-2, last=1e-2), batch, power=.9, l1=1e-3, entropy=.05, views=views))
     plain = Train(steps['warmup'] + steps['joint'], dict(trunk=3e-4, aspp=3e-4), batch, power=.9)
     # few updates, so a momentum below the published 0.999, at which half of a prototype's start is left after 693
-    view = replace(plain, lr=dict(trunk=3e-4, aspp=1e-3), momentum=.95, contrast=.01, distance=.01)
+    view = replace(plain, momentum=.95, contrast=.01, distance=.01)
     pixel = replace(plain, lr=dict(trunk=3e-4, aspp=1e-3, last=1e-2))
     pretrain = Train(steps['pretrain'], dict(trunk=1e-3, aspp=3e-4), batch, power=.9, batch_norm=True)
     recipes = [
@@ -304,8 +304,9 @@ def partscapes_recipes(experiment: str, size: tuple[int, int], crop: tuple[int, 
         Recipe(experiment, 'protoseg', data, dict(net, scales=1, per_class=per_class['protoseg']), protoseg(**stage1), init='pretrain'),
         Recipe(experiment, 'scaleprotoseg', data, dict(net, scales=4, per_class=per_class['scaleprotoseg'], groups=3),
                scaleprotoseg(**stage1, **stage2), init='pretrain'),
-        Recipe(experiment, 'prototype_view', data, dict(net, scales=1, activation='unit', similarity='cosine', per_class=per_class.get('prototype_view')),
-               prototype_view(view), init='pretrain')]
+        # as wide as ScaleProtoSeg's four scales together
+        Recipe(experiment, 'prototype_view', data, dict(net, scales=1, channels=4 * channels, activation='unit', similarity='cosine',
+                                                        per_class=per_class.get('prototype_view')), prototype_view(view), init='pretrain')]
     return [r for r in recipes if r.method in per_class or 'per_class' not in r.model]
 
 # %% ../nbs/10_recipes.ipynb #cell-21
@@ -351,7 +352,7 @@ def other_split(r: Recipe, seed: int) -> Recipe:
 
 add_recipes(*em_recipes('em-quick', width=16, channels=16, crop=192, batch=4, views=4, seeds=(0, 1, 2), lr=2e-3, last_lr=1e-3,
                         group_lr=5e-3, steps=dict(joint=300, finetune=1000, group_joint=3000)))
-add_recipes(*(other_split(r, 43) for e in ('em', 'em-quick') for r in recipes_of(e)))
+add_recipes(*(other_split(r, 43) for r in recipes_of('em')))
 
 # %% ../nbs/10_recipes.ipynb #cell-28
 def em_supplement() -> list[Recipe]:
