@@ -103,3 +103,13 @@ def test_no_tracked_file_is_large():
 
 def test_ruff_finds_nothing():
     subprocess.run([sys.executable, '-m', 'ruff', 'check', 'scaleprotoseg', 'tests', 'benchmarks'], cwd=ROOT, check=True)
+
+
+def test_the_results_page_shows_tables_that_are_there():
+    code = ' '.join(source(c) for c in json.loads((ROOT / 'nbs/results.ipynb').read_text())['cells'] if c['cell_type'] == 'code')
+    shown, run = re.findall(r"show\('([\w-]+)', '([\w/-]+)'\)", code), re.findall(r"^runs\('([\w-]+)'\)", code.replace(' runs', '\nruns'), re.M)
+    assert len(shown) >= 5 and run
+    assert all((ROOT / f'figures/{experiment}/{table}.md').is_file() for experiment, table in shown)
+    for experiment in run:       # every number can be traced
+        stages = json.loads((ROOT / f'figures/{experiment}/provenance.json').read_text())
+        assert all({'command', 'commit', 'device', 'seed', 'recipe', 'seconds', 'versions', 'metrics'} <= s.keys() for s in stages.values())
