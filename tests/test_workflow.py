@@ -101,6 +101,7 @@ main()
 '''
 
 
+@pytest.mark.slow     # every notebook once more
 def test_results_travel_from_a_host_without_jupyter(whole, tmp_path):
     def command(*arguments, cwd=whole):
         done = subprocess.run([sys.executable, '-c', WITHOUT_JUPYTER, *map(str, arguments)], cwd=cwd, env=environment(), capture_output=True, text=True)
