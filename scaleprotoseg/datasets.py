@@ -10,6 +10,7 @@ __all__ = ['PASCAL_PARTS', 'PASCAL_COUNTED', 'CITYSCAPES_PARTS', 'PASCAL', 'CITY
 # %% ../nbs/01_datasets.ipynb #cell-03
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -430,8 +431,10 @@ def count_concepts(home: Path) -> dict[int, tuple[str, int, int]]:
             counts.update(whole.keys())
     found = {k: (names[k], shown['training'][k], shown['validation'][k]) for k in sorted(names)}
     temporary = kept.with_suffix(f'.{os.getpid()}.tmp')
-    temporary.write_text(json.dumps(found, ensure_ascii=False), encoding='utf-8')
-    temporary.replace(kept)
+    try:
+        temporary.write_text(json.dumps(found, ensure_ascii=False), encoding='utf-8')
+        temporary.replace(kept)
+    except OSError as e: warnings.warn(f'{kept} cannot be written ({e}): concepts are counted again next time', stacklevel=2)   # data are often read-only
     return found
 
 @register_dataset('ade20k-full')

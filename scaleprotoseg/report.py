@@ -381,10 +381,9 @@ def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
 
     A pair is a seed, on one division of the images into training and validation, that both models have."""
     import pandas as pd
-    mean = lambda x: statistics.fmean(x) if x else None
-    rows = []
+    mean, draws, rows = lambda x: statistics.fmean(x) if x else None, _draws(experiment), []
     for c in claims(experiment):
-        this, against = ({(r.variant if r.variant in _draws(experiment) else '', r.seed): r for r in _at(frame, x).itertuples()}
+        this, against = ({(r.variant if r.variant in draws else '', r.seed): r for r in _at(frame, x).itertuples()}
                          for x in (c.this, c.against))
         pairs = [(this[k], against[k]) for k in this.keys() & against.keys()]
         apart = [a.miou - b.miou for a, b in pairs]
