@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .contents import PARTS
+from .contents import PARTS, known_recipes
 from .evaluation import Evaluation
 from .health import score_health, summary
 from .interpretability import PartScores, PartTest, score_parts, sparsity, used_prototypes
 from .metrics import average_weight, extra_parameters
 from .model import Model
+from .recipes import Recipe
 from .report import (Case, Run, compare, compared, find_published, finished_seeds, open_run, published_references, summarise)
 from .scales import spread
 
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['METRICS', 'FAMILY_COLUMNS', 'Metric', 'prototype_cases', 'family_cases', 'last_layer_facts', 'measure_runs',
-           'measured_table', 'printed', 'part_scores', 'family_facts', 'family_table']
+__all__ = ['METRICS', 'CONTROLS', 'FAMILY_COLUMNS', 'Metric', 'prototype_cases', 'family_recipes', 'family_cases',
+           'last_layer_facts', 'measure_runs', 'measured_table', 'printed', 'part_scores', 'family_facts',
+           'family_table']
 
 # %% ../nbs/15_measures.ipynb #cell-05
 @dataclass(frozen=True)
@@ -47,10 +49,16 @@ def prototype_cases(experiment: str) -> list[Case]:
     "The last stage of every method of an experiment that has prototypes (ScaleProtoSeg, Tables 3, 4 and 10)."
     return [Case(r, r.last.name, '') for r in compared(experiment) if r.model.get('per_class')]
 
+CONTROLS = ('k1',)   # variants that stand beside the methods
+
+def family_recipes(experiment: str) -> list[Recipe]:
+    "The methods of an experiment, and their controls: one prototype per class."
+    return [*compared(experiment), *(r for r in known_recipes(experiment) if r.variant in CONTROLS)]
+
 def family_cases(experiment: str) -> list[Case]:
-    "The last stage of every method of an experiment; where that only replaces prototypes by patches, the stage before it too."
+    "The last stage of every method and control; where that only replaces prototypes by patches, the stage before it too."
     found = []
-    for r in compared(experiment):
+    for r in family_recipes(experiment):
         stages = [r.last.parent] * (r.last.kind == 'project') + [r.last.name]
         found += [Case(r, stage, '') for stage in stages]
     return found
@@ -143,7 +151,7 @@ FAMILY_COLUMNS = ('consistency', 'stability', 'sparsity', 'cosine', 'duplicates'
 def family_table(frame: pd.DataFrame,          # of `collect`
                  cases: Sequence[Case],
                  values: pd.DataFrame,         # of `measure_runs` with `family_facts`
-                 speed: Mapping[str, float],   # method -> images per second, as far as measured
+                 speed: Mapping[str, float],   # name of the recipe -> images per second, as far as measured
                 ) -> pd.DataFrame:
     """One row per case: `miou` and `std` in percent, `prototypes` in use, `FAMILY_COLUMNS`, images `per_second`, and `memory_mb`, the largest
     process (on an accelerator: the memory there) over all stages up to it."""
@@ -151,11 +159,11 @@ def family_table(frame: pd.DataFrame,          # of `collect`
     rows = []
     for c in cases:
         found = {k: v for k, v in summarise(frame, c.recipe, c.stage).items() if k != 'group_average'}
-        of_case = values[(values.method == c.recipe.method) & (values.stage == c.stage)]
+        of_case = values[(values.method == c.recipe.method) & (values.variant == c.recipe.variant) & (values.stage == c.stage)]
         means = {m: of_case[of_case.metric == m].value.dropna().astype(float).mean() for m in FAMILY_COLUMNS}
         line = frame[(frame.method == c.recipe.method) & (frame.variant == c.recipe.variant)
                      & frame.stage.isin([s.name for s in c.recipe.ancestry(c.stage)])]
         memory = line.cuda_mb.max() if line.cuda_mb.max() > 0 else line.memory_mb.max()
-        rows.append({'method': c.recipe.method, 'stage': c.stage, **found, **{m: None if v != v else v for m, v in means.items()},
-                     'per_second': speed.get(c.recipe.method), 'memory_mb': None if memory != memory else int(memory)})
+        rows.append({'method': c.recipe.method, 'variant': c.recipe.variant, 'stage': c.stage, **found, **{m: None if v != v else v for m, v in means.items()},
+                     'per_second': speed.get(c.recipe.name), 'memory_mb': None if memory != memory else int(memory)})
     return pd.DataFrame(rows, dtype=object)

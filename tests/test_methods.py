@@ -55,7 +55,7 @@ def shrunk(recipe):
 
 CASES = [pytest.param(d, m, marks=() if (d, m) == ('cityscapes', 'scaleprotoseg') else pytest.mark.slow)
          for d in ('pascal', 'cityscapes', 'ade20k', 'cocostuff', 'em')
-         for m in (('unet' if d == 'em' else 'deeplabv2'), 'protoseg', 'scaleprotoseg')]
+         for m in (('unet' if d == 'em' else 'deeplabv2'), 'protoseg', 'scaleprotoseg', 'prototype_view')]
 
 
 @pytest.mark.parametrize('dataset, method', CASES)
