@@ -337,13 +337,13 @@ def em_recipes(experiment: str, width: int, channels: int, crop: int, batch: int
                   finetune=Train(steps['finetune'], dict(last=last_lr), batch, l1=1e-4, views=views))
     group_joint = Train(steps['group_joint'], dict(groups=group_lr, last=group_lr), batch, power=.9, l1=1e-4, entropy=.05, views=views)
     recipe = lambda method, model, stages: Recipe(experiment, method, data, {**net, **model}, stages, seeds=seeds)
+    same = {**net['backbone'], 'features': channels}           # between U-Net and ASPP, as many as where they are the prototypes' channels
     return [
-        # the features between U-Net and ASPP are as many as the prototype models'
-        recipe('unet', dict(scales=1, activation='none', backbone={**net['backbone'], 'features': channels}), blackbox(joint(network), 'direct')),
+        recipe('unet', dict(scales=1, activation='none', backbone=same), blackbox(joint(network), 'direct')),
         recipe('linear', dict(scales=1), blackbox(joint({**network, 'last': lr}), 'pixel')),
         recipe('protoseg', dict(scales=1, per_class=10), protoseg(**stage1)),
         recipe('scaleprotoseg', dict(scales=4, per_class=3, groups=3), scaleprotoseg(**stage1, group_joint=group_joint)),
-        recipe('prototype_view', dict(COSINE, channels=4 * channels, per_class=10), prototype_view(joint(network), momentum))]
+        recipe('prototype_view', dict(COSINE, channels=4 * channels, per_class=10, backbone=same), prototype_view(joint(network), momentum))]
 
 # %% ../nbs/10_recipes.ipynb #cell-26
 EM_STEPS = dict(joint=10_000, finetune=10_000, group_joint=10_000)
