@@ -23,7 +23,7 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('method', ['deeplabv2', 'linear', 'protoseg', 'scaleprotoseg'])
+@pytest.mark.parametrize('method', ['deeplabv2', 'linear', 'protoseg', 'scaleprotoseg', 'prototype_view'])
 def test_every_stage_runs_with_a_timm_backbone(method, data, tmp_path, monkeypatch):
     recipe = shrunk(find_recipe('camvid-quick', method))
     assert recipe.model['backbone'] == dict(name='timm', arch='tf_efficientnet_lite0')      # no weights: nothing is downloaded

@@ -155,7 +155,7 @@ def test_verdict_allows_one_point_or_two_deviations(miou, std, verdict):
 
 
 def test_a_method_that_only_starts_others_is_in_no_table(runs):
-    assert list(table_of(runs).index) == ['deeplabv2', 'linear', 'protoseg', 'scaleprotoseg']
+    assert list(table_of(runs).index) == ['deeplabv2', 'linear', 'protoseg', 'scaleprotoseg', 'prototype_view']
 
 
 def test_steps_count_used_prototypes_after_grouping(runs):
@@ -180,7 +180,7 @@ def test_only_the_published_division_of_em_is_the_same_data(tmp_path, experiment
 def test_the_main_table_is_that_of_the_dataset(tmp_path, experiment, verdict):
     name = main_table(experiment)
     assert name == f'scaleprotoseg_table_0{6 if experiment == "cocostuff" else 1}'
-    assert len(table_of(tmp_path, experiment, name)) == 4                               # without runs
+    assert len(table_of(tmp_path, experiment, name)) == 5                               # without runs
     finish(tmp_path, experiment, 'scaleprotoseg', 'threshold', miou=.718)
     row = table_of(tmp_path, experiment, name).loc['scaleprotoseg']
     published = {'pascal': 71.80, 'cocostuff': 34.50}.get(experiment, 68.97)
@@ -490,7 +490,7 @@ def test_report_needs_nothing_but_itself(page, tmp_path):
 
 
 def test_report_says_what_was_run_and_what_was_not(page):
-    assert '<dt>Not run</dt><dd>pretrain, deeplabv2, linear, scaleprotoseg-no_entropy, scaleprotoseg-tau' in page
+    assert '<dt>Not run</dt><dd>pretrain, deeplabv2, linear, prototype_view, scaleprotoseg-no_entropy, scaleprotoseg-tau' in page
     assert '2 min 30 s in total' in page and 'process 900 MB' in page
     assert '53.00' in page and 'Cityscapes val (other data)' in page and 'cccccccccc' in page
     assert 'table_02.ipynb has not been run' in page and 'A promise.' in page and 'scaleprotoseg' in page
