@@ -490,7 +490,7 @@ def test_report_needs_nothing_but_itself(page, tmp_path):
 
 
 def test_report_says_what_was_run_and_what_was_not(page):
-    assert '<dt>Not run</dt><dd>pretrain, deeplabv2, linear, prototype_view, scaleprotoseg-no_entropy, scaleprotoseg-tau' in page
+    assert '<dt>Not run</dt><dd>pretrain, deeplabv2, linear, prototype_view, prototype_view-k1, scaleprotoseg-no_entropy, scaleprotoseg-tau' in page
     assert '2 min 30 s in total' in page and 'process 900 MB' in page
     assert '53.00' in page and 'Cityscapes val (other data)' in page and 'cccccccccc' in page
     assert 'table_02.ipynb has not been run' in page and 'A promise.' in page and 'scaleprotoseg' in page
