@@ -262,7 +262,7 @@ def report(experiment: str, runs: Out = Path('runs'), figures: Figures = Path('f
 # %% ../nbs/16_cli.ipynb #cell-23
 @app.command()
 def reproduce(experiment: str = 'demo', cores: int = 0, data_root: DataRoot = None, device: Device = 'auto', precision: Precision = '32-true',
-              target: Annotated[str, typer.Option(help='Rule to run up to: all, or trained (only the training jobs).')] = 'all'):
+              target: Annotated[str, typer.Option(help='Rule or file to run up to: all, trained (only the training jobs), or the marker of one training.')] = 'all'):
     "Train all methods of an experiment, run its notebooks and write its report; safe to interrupt and call again."
     from scaleprotoseg.runs import locked
     if not find_spec('snakemake'): raise ModuleNotFoundError(name='snakemake')

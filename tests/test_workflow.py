@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from scaleprotoseg.contents import PAPER_NOTEBOOKS
-from scaleprotoseg.recipes import recipes_of
+from scaleprotoseg.recipes import find_recipe, recipes_of
 from scaleprotoseg.report import run_notebook
 
 ROOT = Path(__file__).parents[1]
@@ -127,15 +127,18 @@ def test_results_travel_from_a_host_without_jupyter(whole, tmp_path):
 
 
 def test_killed_parent_then_the_same_command_ends_with_the_same_numbers(whole, tmp_path):
-    folder = checkout(tmp_path)
+    folder, recipe = checkout(tmp_path), find_recipe('smoke', 'protoseg')
+    command = [*COMMAND, '--target', f'runs/{recipe.name}/seed0/finished-{recipe.graph_digest()}.json']
     with (tmp_path / 'first.log').open('w') as log:
-        first = subprocess.Popen([*COMMAND, '--target', 'trained'], cwd=folder, env=environment(), stdout=log, stderr=log)
+        first = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
         deadline = time.time() + 120
-        while not list(folder.glob('runs/smoke/*/seed0/warmup/recipe.json')):
+        while not (folder / f'runs/{recipe.name}/seed0/warmup/recipe.json').is_file():
             assert first.poll() is None and time.time() < deadline, (tmp_path / 'first.log').read_text()[-3000:]
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)       # only the parent: the training job goes on writing
         first.wait()
-    again = subprocess.run([*COMMAND, '--target', 'trained'], cwd=folder, env=environment(), capture_output=True, text=True)
+    again = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-6000:]
-    assert scores(folder) == scores(whole)
+    found, expected = scores(folder), scores(whole)
+    assert len(found) == len(recipe.stages) + len(find_recipe('smoke', recipe.init).stages)
+    assert all(expected[name] == found[name] for name in found)
