@@ -8,7 +8,7 @@ __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'STEPS', 'aug', 'city
            'veto_name', 'read_veto', 'vetoed', 'add_recipes', 'find_recipe', 'experiments', 'recipes_of',
            'partscapes_recipes', 'em_recipes', 'other_split', 'em_supplement', 'pretrained_recipes', 'published_data',
            'changed', 'in_stage', 'legacy', 'taus', 'coco_weights', 'protoseg_ablations', 'claim_ablations', 'plus',
-           'group_ablations', 'apart', 'view_recipes', 'adamw', 'camvid']
+           'lovasz_last', 'group_ablations', 'apart', 'view_recipes', 'adamw', 'camvid']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -465,6 +465,12 @@ def plus(r: Recipe, jitter: float = 0.) -> Recipe:
     "Not from the papers: the same network, prototypes and schedule, with a Lovász loss beside cross-entropy in every stage, and jitter of colours."
     return changed(r, 'plus', data={'jitter': jitter}, lovasz=1.)
 
+def lovasz_last(r: Recipe) -> Recipe:
+    """Not from the papers: a Lovász loss in the stages after projection, which train the head alone. Cross-entropy counts pixels, and a head
+    that is free to trades rare classes for frequent ones."""
+    trained = {s.name for s in r.stages if s.train and not {'trunk', 'aspp', 'prototypes'} & s.train.lr.keys()}
+    return changed(r, 'lovasz_last', lovasz=lambda old, stage: float(stage in trained))
+
 def group_ablations(r: Recipe) -> list[Recipe]:
     "What changes in the second stage only: no entropy (ScaleProtoSeg, Tables 8 and 9), other thresholds (Table 7)."
     return [changed(r, 'no_entropy', entropy=0.), taus(r, (.01, .1))]
@@ -488,7 +494,7 @@ for name in ('cityscapes', 'pascal', 'ade20k', 'cocostuff'):
 
 for name in ('em', 'em-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('unet', 'protoseg', 'scaleprotoseg'))
-    add_recipes(*apart(*map(plus, (box, proto, scale)), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
+    add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))))
 aug = find_recipe('pascal', 'scaleprotoseg')
 add_recipes(*apart(changed(aug, 'push_train_aug', data={'splits': {**aug.data.splits, 'push': {'split': 'train_aug'}}})))
@@ -536,7 +542,7 @@ add_recipes(*camvid('camvid-quick', crop=240, steps=dict(warmup=20, joint=200, f
                     batch=(4, 1), eval_every=0, views=1, seeds=(0,), momentum=FEW_UPDATES))
 for name in ('camvid', 'camvid-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg'))
-    add_recipes(*apart(*(plus(r, jitter=.4) for r in (box, proto, scale)), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
+    add_recipes(*apart(*(plus(r, jitter=.4) for r in (box, proto, scale)), *map(lovasz_last, (proto, scale)), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))))
 
 # %% ../nbs/10_recipes.ipynb #cell-45

@@ -350,7 +350,8 @@ class Claim:
 _QUESTIONS = {   # variant -> what it asks
     'no_diversity': 'What is the diversity loss worth?', 'shifted_labels': 'What do the published, shifted labels of the diversity loss cost?',
     'legacy': "What do the published program's faults cost?", 'one_scale': 'Is it the scales, or the number of prototypes?',
-    'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does better training add?'}
+    'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does better training add?',
+    'lovasz_last': 'What does a Lovász loss add to the stages after projection?'}
 
 def claims(experiment: str) -> list[Claim]:
     "The differences between methods, between their stages, and between the main recipe and each variant of an experiment."
@@ -363,6 +364,9 @@ def claims(experiment: str) -> list[Claim]:
                  Claim('What do groups cost?', case(grouped), case(grouped, 'finetune')),
                  Claim('Do several scales help, without groups and pruning?', case(grouped, 'finetune'), case(main['protoseg'], 'finetune')),
                  Claim('Do several scales and groups help?', case(grouped), case(main['protoseg']))]
+        if view := main.get('prototype_view'):
+            found += [Claim('What do prototypes that nobody learns cost?', case(view, 'joint'), case(box)),
+                      Claim('… and real patches instead of their means?', case(view), case(view, 'joint'))]
     better = {r.method: r for r in known_recipes(experiment) if r.variant == 'plus'}
     if 'scaleprotoseg' in better:
         box = next(r for r in better.values() if not r.model.get('per_class'))
