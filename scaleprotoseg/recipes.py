@@ -514,15 +514,15 @@ def adamw(steps: int, batch: int) -> Train:
 
 # %% ../nbs/10_recipes.ipynb #cell-view-2
 city, whole = published_data('cityscapes', 1024, scale=(.5, 2.)), dict(weights='pretrained')
-add_recipes(*view_recipes('cityscapes-hrnet', 'hrnet', replace(city, crop=(512, 1024)), dict(name='hrnet', **whole), 720,
+add_recipes(*view_recipes('cityscapes-hrnet', 'hrnet', replace(city, crop=(512, 1024)), dict(name='hrnet', arch='hrnet_w48', **whole), 720,
                           Train(80_000, dict(trunk=.01, aspp=.01), 8, power=.9, batch_norm=True, optimizer='sgd', eval_every=2000)))
 add_recipes(*view_recipes('cityscapes-segformer', 'segformer', replace(city, evaluation=Evaluation(window=(1024, 1024), overlap=.25)),
                           dict(name='segformer', arch='b5', width=768, **whole), 768, adamw(160_000, 8)))
-add_recipes(*view_recipes('ade20k-segformer', 'segformer', published_data('ade20k', 512, scale=(.5, 2.), shorter=512), dict(name='segformer', **whole), 256, adamw(160_000, 16)))
+add_recipes(*view_recipes('ade20k-segformer', 'segformer', published_data('ade20k', 512, scale=(.5, 2.), shorter=512), dict(name='segformer', arch='b0', **whole), 256, adamw(160_000, 16)))
 for n in (300, 500, 700, 847):             # of the whole vocabulary; each class has ten more vectors and not one more parameter
     full = published_data('ade20k-full', 512, scale=(.5, 2.), shorter=512)
     full = replace(full, splits={role: {**options, 'classes': n} for role, options in full.splits.items()})
-    add_recipes(*view_recipes(f'ade20k-{n}', 'segformer', full, dict(name='segformer', **whole), 256, adamw(160_000, 16)))
+    add_recipes(*view_recipes(f'ade20k-{n}', 'segformer', full, dict(name='segformer', arch='b0', **whole), 256, adamw(160_000, 16)))
 view = find_recipe('ade20k-segformer', 'prototype_view')
 WEIGHTS = (.001, .005, .02, .03, .05)      # of Table S3, beside the main recipe's 0.01
 add_recipes(*apart(*(changed(view, f'{loss}_{w:g}', **{loss: w}) for loss in ('contrast', 'distance') for w in WEIGHTS)))

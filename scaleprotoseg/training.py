@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import datasets, partscapes  # noqa: F401, make their datasets known
-from .clustering import assign, assigned_sums, follow_, mean_cosine
+from .clustering import assign, assigned_sums, follow_, most_alike
 from .data import Sample, check_dataset, fingerprint, lookup, open_dataset, read_ahead, rng
 from .evaluation import evaluate
 from .failures import check_veto, count_blame, drawn_at_random, most_blamed
@@ -381,7 +381,7 @@ def _frozen_views(job: Job, model: Model) -> FrozenViews:
 
 # %% ../nbs/12_training.ipynb #cell-18
 SAVE_SECONDS = 60.   # between two saved states of a running stage
-COLLAPSED = 0.98     # mean cosine between the prototypes of a class that follow their pixels
+COLLAPSED = 0.98     # mean cosine between the prototypes of a class and scale
 READ_EVERY = 10      # updates between two looks at an accelerator's numbers: each look waits for it
 
 def train_stage(job: Job, model: Model) -> dict:
@@ -469,7 +469,7 @@ def _update(job, model, wrapped, parts, step):
     if train.momentum:
         sums = fabric.all_reduce(sums, reduce_op='sum')
         follow_(model.prototypes.vectors.view(len(sums), -1), sums[:, :-1], sums[:, -1], train.momentum)
-        total['cosine'] = mean_cosine(model.prototypes.vectors.flatten(0, 1), model.prototypes.alive.flatten(0, 1)).nanmean() / job.world
+    if train.momentum or 'prototypes' in train.lr: total['cosine'] = most_alike(model.prototypes) / job.world
     total['stop'] = whole.new_tensor(float(bool(job.stop())), dtype=torch.float32)
     return dict(zip(total, fabric.all_reduce(torch.stack([v.float() for v in total.values()]), reduce_op='sum')))
 
@@ -482,9 +482,9 @@ def _write(job, log, pending) -> str:
         if bad := [k for k, v in row.items() if v - v != 0]:
             raise ValueError(f'{job.folder}: {bad} not finite at step {row["step"]}; the learning rate may be too large, or an image damaged')
         if log: log.write(row)
-        if row.get('cosine', 0.) > COLLAPSED:
-            warnings.warn(f'{job.folder}: at step {row["step"]} the prototypes of a class have a mean cosine of {row["cosine"]:.3f}; they are '
-                          'collapsing into one, so that more of them say no more', stacklevel=2)
+        if log and row.get('cosine', 0.) > COLLAPSED:                   # the same words every time, so Python says them once
+            warnings.warn(f'{job.folder}: prototypes of a class are collapsing into one, so that more of them say no more '
+                          f'(mean cosine above {COLLAPSED}, see log.csv)', stacklevel=2)
     return (job.stop() or 'another process was stopped') if asked else ''
 
 def _workers(processes: int) -> int:

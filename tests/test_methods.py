@@ -3,6 +3,7 @@ import json
 import resource
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from scaleprotoseg.model import build_model, load_model
 from scaleprotoseg.predict import load
 from scaleprotoseg.recipes import Train, find_recipe
 from scaleprotoseg.runs import is_finished, read_metrics
-from scaleprotoseg.training import make_optimizer, mean_losses, passes, run_method, stage_losses, update_counts
+from scaleprotoseg.training import initial_backbone, make_optimizer, mean_losses, passes, run_method, stage_losses, update_counts
 
 OTHER = dict(pascal=0, cityscapes=7, ade20k=1, cocostuff=0, em=0)     # a second value of label files
 
@@ -58,21 +59,31 @@ CASES = [pytest.param(d, m, marks=() if (d, m) == ('cityscapes', 'scaleprotoseg'
          for m in (('unet' if d == 'em' else 'deeplabv2'), 'protoseg', 'scaleprotoseg', 'prototype_view')]
 
 
-@pytest.mark.parametrize('dataset, method', CASES)
-def test_every_stage_of_a_published_recipe_runs_at_real_size(dataset, method, tmp_path, monkeypatch):
-    miniature(dataset, tmp_path / 'data')
-    recipe = shrunk(find_recipe(dataset, method))
+CASES += [pytest.param(e, 'prototype_view', marks=pytest.mark.slow) for e in ('cityscapes-hrnet', 'ade20k-segformer')]
+
+
+@pytest.mark.parametrize('experiment, method', CASES)
+def test_every_stage_of_a_published_recipe_runs_at_real_size(experiment, method, tmp_path, monkeypatch):
+    recipe = shrunk(find_recipe(experiment, method))
+    miniature(recipe.data.dataset, tmp_path / 'data')
     monkeypatch.setitem(recipes.RECIPES, recipe.name, recipe)
     folders = run_method('mini', method, out=tmp_path / 'runs', data_root=tmp_path / 'data', device='cpu')
     assert [f.name for f in folders] == [s.name for s in recipe.stages] and all(map(is_finished, folders))
     for f in folders: assert 0 <= read_metrics(f)['miou'] <= 1
-    if 'project' in [f.name for f in folders]:
-        facts = read_metrics(next(f for f in folders if f.name == 'project'))['projection']
+    if projected := [f for f, s in zip(folders, recipe.stages) if s.kind == 'project']:
+        facts = read_metrics(projected[0])['projection']
         classes = 2 * recipe.model['scales'] * recipe.model['per_class']            # two classes occur
         assert facts['projected'] == classes and facts['absent'] + classes == recipe_prototypes(folders[0])
     label = load(folders[-1]).predict(np.zeros((50, 70, 3), np.uint8))
     assert label.shape == (50, 70)
-    print(f'{dataset} {method}: peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 ** 2:.1f} GB')
+    print(f'{experiment} {method}: peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 ** 2:.1f} GB')
+
+
+@pytest.mark.parametrize('name', recipes.RECIPES)
+def test_the_first_weights_of_every_recipe_can_be_named(name, tmp_path):
+    """A file below the data root, or what the backbone's own loader knows."""
+    backbone = initial_backbone(SimpleNamespace(recipe=recipes.RECIPES[name], data_root=tmp_path))
+    assert backbone.get('weights') in (None, 'imagenet', 'pretrained', 'bundled') or Path(backbone['weights']).is_relative_to(tmp_path)
 
 
 def recipe_prototypes(folder): return load_model(folder).prototypes.alive.numel()

@@ -1,16 +1,22 @@
 """The prototype view in the contract of the other methods: what decides, what explains, what moves, what is saved."""
+import csv
+import warnings
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from scaleprotoseg import recipes
 from scaleprotoseg.data import Labels
 from scaleprotoseg.explain import Atlas, assignment_map
 from scaleprotoseg.failures import evidence_parts
 from scaleprotoseg.model import build_model, load_model, save_model
 from scaleprotoseg.predict import explain_region
 from scaleprotoseg.projection import Projection
-from scaleprotoseg.training import assigned_prototypes, followed_sums
+from scaleprotoseg.recipes import changed, find_recipe, in_stage
+from scaleprotoseg.training import COLLAPSED, assigned_prototypes, followed_sums, run_stage
 
 CONFIG = dict(backbone=dict(name='unet', width=4), head='nearest', activation='unit', similarity='cosine', classes=4, scales=1, channels=6, per_class=3)
 LABELS = Labels(tuple('abcd'), ((0, 0, 0), (80, 0, 0), (0, 80, 0), (0, 0, 80)))
@@ -83,3 +89,27 @@ def test_saved_and_loaded_is_the_same(model, out, tmp_path):
     again = load_model(tmp_path)
     assert torch.equal(again.prototypes.vectors, model.prototypes.vectors) and torch.equal(again.prototypes.alive, model.prototypes.alive)
     with torch.no_grad(): assert torch.equal(again(torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(1))).logits, out.logits)
+
+
+def joint(monkeypatch, folder, variant, **changes):
+    """`smoke`'s joint stage with something changed, from a fresh trunk; the cosines of its log, and its prototypes."""
+    recipe = replace(changed(find_recipe('smoke', 'prototype_view'), variant, **changes), init=None)
+    monkeypatch.setitem(recipes.RECIPES, recipe.name, recipe)
+    done = run_stage('smoke', 'prototype_view', 'joint', variant=variant, out=folder, device='cpu')
+    return [float(r['cosine']) for r in csv.DictReader((done / 'log.csv').open())], load_model(done).prototypes.vectors
+
+
+def test_one_prototype_per_class_trains(monkeypatch, tmp_path):
+    cosine, vectors = joint(monkeypatch, tmp_path, 'k1', model={'per_class': 1})
+    assert set(cosine) == {-1.} and vectors.shape[2] == 1 and vectors.isfinite().all()
+
+
+def test_prototypes_move_and_a_collapse_is_said_once(monkeypatch, tmp_path):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('default')
+        cosine, vectors = joint(monkeypatch, tmp_path, 'legacy', legacy_draw=in_stage('joint', True), momentum=in_stage('joint', .01))
+        still, _ = joint(monkeypatch, tmp_path, 'still', momentum=in_stage('joint', .9999))
+    assert cosine[-1] > COLLAPSED > still[-1]                       # drawn at random, all get the mean of their class
+    assert [str(w.message) for w in said if 'collapsing' in str(w.message)] == [
+        f'{tmp_path / "smoke/prototype_view-legacy/seed0/joint"}: prototypes of a class are collapsing into one, so that more of them say no more '
+        f'(mean cosine above {COLLAPSED}, see log.csv)']
