@@ -53,18 +53,15 @@ CONTROLS = ('k1',)   # variants that stand beside the methods
 
 def family_recipes(experiment: str) -> list[Recipe]:
     "The methods of an experiment, and their controls: one prototype per class."
-    return [*compared(experiment), *(r for r in known_recipes(experiment) if r.variant in CONTROLS)]
+    return [r for r in known_recipes(experiment) if r in compared(experiment) or r.variant in CONTROLS]
 
 def family_cases(experiment: str) -> list[Case]:
-    "The last stage of every method and control; where that only replaces prototypes by patches, the stage before it too."
-    found = []
-    for r in family_recipes(experiment):
-        stages = [r.last.parent] * (r.last.kind == 'project') + [r.last.name]
-        found += [Case(r, stage, '') for stage in stages]
-    return found
+    "The stage that the papers report of every method and control, and the last, where that is another."
+    return [Case(r, stage, '') for r in family_recipes(experiment) for stage in r.compared]
 
-def last_layer_facts(model: Model) -> dict[str, float]:
-    "`average_weight` and `extra_parameters` of a model with prototypes (ScaleProtoSeg, Table 10; spec 8.7)."
+def last_layer_facts(model: Model) -> dict[str, float | str]:
+    "`average_weight` and `extra_parameters` of a model with prototypes (ScaleProtoSeg, Table 10; spec 8.7), if its last layer is trained."
+    if 'last' not in model.parts(): return dict.fromkeys(('average_weight', 'extra_parameters'), 'no trained last layer')
     alive, head = model.prototypes.alive, model.head
     groups = getattr(head, 'weights', None)
     counts = {} if groups is None else {'projected': int(alive.sum()), 'groups': groups.shape[1]}

@@ -131,6 +131,16 @@ class Recipe:
     @property
     def last(self) -> Stage: return self.stages[-1]
 
+    @property
+    def reported(self) -> Stage:
+        "The stage that a paper's numbers are of: the last, or the one before if the last only replaces prototypes by patches."
+        return self.stage(self.last.parent) if self.last.kind == 'project' else self.last
+
+    @property
+    def compared(self) -> list[str]:
+        "Names of the stages that tables show: the reported one and the last, mostly the same."
+        return list(dict.fromkeys([self.reported.name, self.last.name]))
+
     def stage(self, name: str) -> Stage:
         "The stage called `name`; an unknown name suggests the nearest one."
         return lookup({s.name: s for s in self.stages}, name, f'stage of {self.name}')

@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'METHOD_NAMES', 'STEPS', 'collect', 'finished_stage', 'finished_seeds', 'published',
-           'recipe_table', 'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published',
-           'compared', 'other_draws', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case',
-           'size_cases', 'diversity_cases', 'threshold_cases', 'weight_cases', 'entropy_cases', 'ablation_table',
-           'Claim', 'claims', 'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure', 'provenance_text',
-           'duration', 'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of', 'busiest_classes',
-           'plot_comparison', 'notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook', 'run_cells',
-           'without_machine_paths', 'smaller_pictures', 'read_title', 'write_contents', 'build_report', 'save_results',
-           'pack_results']
+__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'collect', 'finished_stage',
+           'finished_seeds', 'published', 'recipe_table', 'published_recipe', 'published_recipes', 'compare',
+           'summarise', 'whole', 'find_published', 'compared', 'other_draws', 'published_references', 'accuracy_table',
+           'steps_table', 'plain_table', 'Case', 'size_cases', 'diversity_cases', 'threshold_cases', 'weight_cases',
+           'entropy_cases', 'ablation_table', 'Claim', 'claims', 'claims_table', 'claims_runs', 'shown', 'save_table',
+           'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of',
+           'busiest_classes', 'plot_comparison', 'notebook_parameters', 'check_parameters', 'NotebookFailed',
+           'run_notebook', 'run_cells', 'without_machine_paths', 'smaller_pictures', 'read_title', 'write_contents',
+           'build_report', 'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -211,24 +211,30 @@ def other_draws(experiment: str) -> list[Recipe]:
 def published_references(recipe: Recipe) -> list[dict]:
     "On what data the published numbers to show beside a recipe were measured: arguments of `compare`, one set for each."
     data, same = PUBLISHED_DATA.get(dataset_key(recipe), ((None,), False))
-    published_schedule = main_experiment(recipe.experiment) == recipe.data.dataset
-    return [{'data': d, 'same_data': same, 'same_schedule': published_schedule} for d in data]
+    experiment = main_experiment(recipe.experiment)
+    as_published = experiment == recipe.data.dataset or experiment in PUBLISHED_SCHEDULES
+    return [{'data': d, 'same_data': same, 'same_schedule': as_published} for d in data]
+
+PUBLISHED_SCHEDULES = ('cityscapes-hrnet', 'cityscapes-segformer', 'ade20k-segformer')   # and all that are called as their data
 
 # %% ../nbs/15_report.ipynb #cell-26
 def accuracy_table(frame: pd.DataFrame, experiment: str,
                    reference: pd.DataFrame | None,  # None: the papers have no such table
+                   variants: Iterable[str] = (),    # to show beside the methods
                   ) -> pd.DataFrame:
-    "mIoU of each method's last stage beside the published one (ScaleProtoSeg, Tables 1, 5 and 6)."
+    """mIoU of each method beside the published one (ScaleProtoSeg, Tables 1, 5 and 6): of the stage that the papers report, and of the last,
+    where that is another."""
     import pandas as pd
-    rows, other = [], other_draws(experiment)
-    for r in [*compared(experiment), *other]:
-        ours = summarise(frame, r, r.last.name)
+    rows, other, variants = [], other_draws(experiment), tuple(variants)
+    listed = [*compared(experiment), *other, *(r for r in known_recipes(experiment) if r.variant in variants)]
+    for r, stage in ((x, stage) for x in listed for stage in x.compared):
+        ours = summarise(frame, r, stage)
         ours.pop('group_average')
-        def theirs_on(data, r=r):
-            return find_published(reference, method=r.method, data=data or '') if reference is not None and (not r.variant or r in other) else {}
-        found = [(ref, theirs_on(ref['data'])) for ref in published_references(r)]
+        has_published = reference is not None and stage == r.reported.name and (not r.variant or r in other)
+        theirs_on = lambda data, r=r: find_published(reference, method=r.method, data=data or '')
+        found = [(ref, theirs_on(ref['data']) if has_published else {}) for ref in published_references(r)]
         for ref, theirs in [x for x in found if x[1]] or found[:1]:      # one row where the papers have no number
-            rows.append({'method': r.method, 'variant': r.variant, 'stage': r.last.name, **ours,
+            rows.append({'method': r.method, 'variant': r.variant, 'stage': stage, **ours,
                          **compare(ours, theirs, **ref)})
     return pd.DataFrame(rows, dtype=object).drop(columns='prototypes')
 
@@ -296,7 +302,7 @@ def weight_cases(experiment: str) -> list[Case]:
     "The prototype view with other weights of contrast and distance, from small to large (its supplement, Table 3)."
     found = [_main(experiment, 'prototype_view'), *(r for r in known_recipes(experiment) if re.match('contrast|distance', r.variant))]
     weights = [(loss, getattr(r.stage('joint').train, loss), r) for loss in ('contrast', 'distance') for r in found if r.variant.startswith(loss) or not r.variant]
-    return [Case(r, r.last.name, f'{loss} = {w:g}') for loss, w, r in sorted(weights, key=lambda x: x[:2])]
+    return [Case(r, r.reported.name, f'{loss} = {w:g}') for loss, w, r in sorted(weights, key=lambda x: x[:2])]
 
 def entropy_cases(experiment: str) -> list[Case]:
     "Without the entropy of groups and with it (ScaleProtoSeg, Table 8)."
@@ -356,22 +362,21 @@ _QUESTIONS = {   # variant -> what it asks
 def claims(experiment: str) -> list[Claim]:
     "The differences between methods, between their stages, and between the main recipe and each variant of an experiment."
     main = {r.method: r for r in known_recipes(main_experiment(experiment)) if not r.variant}
-    case = lambda r, stage='': Case(r, stage or r.last.name, '')
-    found, grouped = [], main.get('scaleprotoseg')
+    case = lambda r, stage='': Case(r, stage or r.reported.name, '')
+    found, grouped, view = [], main.get('scaleprotoseg'), main.get('prototype_view')
+    box = next(r for r in compared(main_experiment(experiment)) if not r.model.get('per_class') and r.stages[0].head == 'direct')
     if grouped and not is_ablation(experiment):
-        box = next(r for r in compared(experiment) if not r.model.get('per_class') and r.stages[0].head == 'direct')
         found = [Claim('What does interpretability cost?', case(grouped), case(box)),
                  Claim('What do groups cost?', case(grouped), case(grouped, 'finetune')),
                  Claim('Do several scales help, without groups and pruning?', case(grouped, 'finetune'), case(main['protoseg'], 'finetune')),
                  Claim('Do several scales and groups help?', case(grouped), case(main['protoseg']))]
-        if view := main.get('prototype_view'):
-            found += [Claim('What do prototypes that nobody learns cost?', case(view, 'joint'), case(box)),
-                      Claim('… and real patches instead of their means?', case(view), case(view, 'joint'))]
+    if view and not is_ablation(experiment):
+        found += [Claim('What do prototypes that nobody learns cost?', case(view), case(box)),
+                  Claim('… and real patches instead of their means?', case(view, view.last.name), case(view))]
     better = {r.method: r for r in known_recipes(experiment) if r.variant == 'plus'}
     if 'scaleprotoseg' in better:
-        box = next(r for r in better.values() if not r.model.get('per_class'))
-        found = [Claim('Does better training make up for groups and prototypes?', case(better['scaleprotoseg']), case(main[box.method])),
-                 Claim('… if the black box has it too?', case(better['scaleprotoseg']), case(box))]
+        found = [Claim('Does better training make up for groups and prototypes?', case(better['scaleprotoseg']), case(box)),
+                 Claim('… if the black box has it too?', case(better['scaleprotoseg']), case(better[box.method]))]
     for r in known_recipes(experiment):
         k = re.fullmatch(r'k(\d+)', r.variant)
         number = k and ('Is 1 prototype' if k[1] == '1' else f'Are {k[1]} prototypes')
@@ -412,7 +417,7 @@ def _at(frame, case):
 def _draws(experiment: str) -> set[str]: return {r.variant for r in other_draws(main_experiment(experiment))}
 
 def _words(case): return ' '.join([METHOD_NAMES.get(case.recipe.method, case.recipe.method), case.recipe.variant,
-                                   f'({case.stage})' if case.stage != case.recipe.last.name else '']).replace('  ', ' ').strip()
+                                   f'({case.stage})' if case.stage != case.recipe.reported.name else '']).replace('  ', ' ').strip()
 
 # %% ../nbs/15_report.ipynb #cell-41
 def shown(table: pd.DataFrame) -> pd.DataFrame:
