@@ -57,7 +57,7 @@ def family_recipes(experiment: str) -> list[Recipe]:
 
 def family_cases(experiment: str) -> list[Case]:
     "The stage that the papers report of every method and control, and the last, where that is another."
-    return [Case(r, stage, '') for r in family_recipes(experiment) for stage in r.compared]
+    return [Case(r, stage, '') for r in family_recipes(experiment) for stage in r.shown_stages]
 
 def last_layer_facts(model: Model) -> dict[str, float | str]:
     "`average_weight` and `extra_parameters` of a model with prototypes (ScaleProtoSeg, Table 10; spec 8.7), if its last layer is trained."

@@ -137,7 +137,7 @@ class Recipe:
         return self.stage(self.last.parent) if self.last.kind == 'project' else self.last
 
     @property
-    def compared(self) -> list[str]:
+    def shown_stages(self) -> list[str]:
         "Names of the stages that tables show: the reported one and the last, mostly the same."
         return list(dict.fromkeys([self.reported.name, self.last.name]))
 
@@ -476,8 +476,8 @@ def plus(r: Recipe, jitter: float = 0.) -> Recipe:
     return changed(r, 'plus', data={'jitter': jitter}, lovasz=1.)
 
 def lovasz_last(r: Recipe) -> Recipe:
-    """Not from the papers: a Lovász loss in the stages after projection, which train the head alone. Cross-entropy counts pixels, and a head
-    that is free to trades rare classes for frequent ones."""
+    """Not from the papers: a Lovász loss in the stages after projection, which train the head alone and lose rare classes on CamVid. Is it that
+    cross-entropy counts pixels?"""
     trained = {s.name for s in r.stages if s.train and not {'trunk', 'aspp', 'prototypes'} & s.train.lr.keys()}
     return changed(r, 'lovasz_last', lovasz=lambda old, stage: float(stage in trained))
 

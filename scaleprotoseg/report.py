@@ -227,7 +227,7 @@ def accuracy_table(frame: pd.DataFrame, experiment: str,
     import pandas as pd
     rows, other, variants = [], other_draws(experiment), tuple(variants)
     listed = [*compared(experiment), *other, *(r for r in known_recipes(experiment) if r.variant in variants)]
-    for r, stage in ((x, stage) for x in listed for stage in x.compared):
+    for r, stage in ((x, stage) for x in listed for stage in x.shown_stages):
         ours = summarise(frame, r, stage)
         ours.pop('group_average')
         has_published = reference is not None and stage == r.reported.name and (not r.variant or r in other)

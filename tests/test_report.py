@@ -210,7 +210,7 @@ def test_ablations_are_compared_among_themselves_and_not_with_the_main_numbers(t
     finish(tmp_path, experiment, r.method, r.last.name, variant=r.variant, miou=.72)
     for reference in (None, published('scaleprotoseg_table_01', PUBLISHED)):
         table = accuracy_table(collect(tmp_path, experiment), experiment, reference).set_index(['method', 'variant', 'stage'])
-        assert len(table) == sum(len(r.compared) for r in recipes_of(experiment)) and table.published.isna().all()
+        assert len(table) == sum(len(r.shown_stages) for r in recipes_of(experiment)) and table.published.isna().all()
         assert table.loc[(r.method, r.variant, r.last.name), 'miou'] == 72
         assert r is other or table.loc[(other.method, other.variant, other.last.name), 'verdict'] == 'not run'
     table = steps_table(collect(tmp_path, experiment), experiment, published('scaleprotoseg_table_02', PUBLISHED))
