@@ -125,7 +125,7 @@ def test_projection_pruning_and_miou_are_identical(one, tmp_path):
         assert a | {'memory_mb': 0} == b | {'memory_mb': 0}
 
 
-@pytest.mark.parametrize('fault', ['killed', 'asked'])
+@pytest.mark.parametrize('fault', ['killed', pytest.param('asked', marks=pytest.mark.slow)])
 def test_stopped_and_run_again_is_the_same_run(fault, pretrained, two, tmp_path):
     out = shutil.copytree(pretrained, tmp_path / 'runs')
     run = lambda fault: subprocess.run([sys.executable, script, fault, str(out)], capture_output=True, text=True, env=ENV, timeout=120)

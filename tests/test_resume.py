@@ -80,7 +80,8 @@ def uninterrupted(pretrained, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize('fault', ['in a step', 'while saving weights', 'while saving the state', 'between stages'])
+@pytest.mark.parametrize('fault', [pytest.param('in a step', marks=pytest.mark.slow), 'while saving weights', 'while saving the state',
+                                   pytest.param('between stages', marks=pytest.mark.slow)])
 def test_killed_and_run_again_is_the_same_run(fault, pretrained, uninterrupted, tmp_path):
     out = tmp_path / 'runs'
     shutil.copytree(pretrained, out)
