@@ -46,7 +46,7 @@ def miniature(name, root):
 
 def shrunk(recipe):
     """One step per stage on small crops, random weights; the model is the real one."""
-    def short(t): return t and replace(t, steps=1, accumulate=1, batch=min(t.batch, 2), eval_every=0)
+    def short(t): return t and replace(t, steps=1, rise=0, accumulate=1, batch=min(t.batch, 2), eval_every=0)
     backbone = {k: v for k, v in recipe.model['backbone'].items() if k != 'weights'}
     crop = (64, 64) if recipe.data.dataset == 'em' else (65, 65)
     evaluation = replace(recipe.data.evaluation, size=recipe.data.evaluation.size and (65, 65), shorter=recipe.data.evaluation.shorter and 65)
