@@ -116,7 +116,6 @@ PAPER_NOTEBOOKS = (
     PaperNotebook(_S, 'failure_cases', 'Figure 27-35', 'scaleprotoseg'),
     PaperNotebook(_S, 'claims', '', 'scaleprotoseg-no_entropy or scaleprotoseg-one_scale or prototype_view-k1'),
     PaperNotebook('families', 'overview', ''),
-    PaperNotebook('families', 'health', ''),
     PaperNotebook(_P, 'table_01', 'Table 1', 'protoseg-k4'),
     PaperNotebook(_P, 'figure_01', 'Figure 1-2', 'protoseg'),
     PaperNotebook(_P, 'figure_03', 'Figure 3', 'protoseg'),

@@ -148,12 +148,18 @@ class NearestHead(PrototypeHead):
 
     def __init__(self, scales: int, classes: int, per_class: int, factor: float = 10.):   # of cosines: 1 / temperature
         super().__init__()
-        self.register_buffer('last', factor * class_prior(classes, scales, per_class, off_class=0.))
+        self.factor, self.evidence_shape = factor, (scales, per_class)
+        self.register_buffer('between', factor * class_prior(classes, off_class=0.), persistent=False)    # (C, C), nothing to save
 
     def forward(self, similarities: Tensor, alive: Tensor) -> tuple[Tensor, None]:
         "Logits (B, C, h, w), and None: there are no groups. A class without a living prototype has the score of the farthest, -1."
         best = similarities.masked_fill(~alive[..., None, None], -1.).amax((1, 3))
-        return best * self.last[0, 0, 0, 0], None
+        return best * self.factor, None
+
+    @property
+    def last(self) -> Tensor:
+        "The layer that weighs the nearest prototypes: (C, C, S, K), `factor` from the own class and 0 from others; a view that takes no memory."
+        return self.between[..., None, None].expand(-1, -1, *self.evidence_shape)
 
     def weighed(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
         "What the last layer weighs: at each position the similarity of the nearest prototype of each class, 0 for the others."
@@ -162,7 +168,7 @@ class NearestHead(PrototypeHead):
         won = torch.zeros_like(flat).scatter(2, nearest, flat.gather(2, nearest).clamp_min(-1.))
         return won.unflatten(2, (alive.shape[0], alive.shape[2])).transpose(1, 2)
 
-    def extra_repr(self): return f'{self.last[0, 0, 0, 0]:g} times the largest of {self.last[0, 0].numel()} similarities'
+    def extra_repr(self): return f'{self.factor:g} times the largest of {self.last[0, 0].numel()} similarities'
 
 # %% ../nbs/05_heads.ipynb #cell-26
 class DirectHead(nn.Module):

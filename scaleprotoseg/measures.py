@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['METRICS', 'CONTROLS', 'FAMILY_COLUMNS', 'Metric', 'prototype_cases', 'family_recipes', 'family_cases',
-           'last_layer_facts', 'measure_runs', 'measured_table', 'printed', 'part_scores', 'family_facts',
-           'family_table']
+__all__ = ['METRICS', 'CONTROLS', 'FACTS', 'HEALTH_FACTS', 'Metric', 'prototype_cases', 'family_recipes', 'family_cases',
+           'last_layer_facts', 'finished_runs', 'measure_runs', 'measured_table', 'printed', 'part_scores',
+           'prototype_facts', 'health_of_runs', 'family_table']
 
 # %% ../nbs/15_measures.ipynb #cell-05
 @dataclass(frozen=True)
@@ -70,19 +70,21 @@ def last_layer_facts(model: Model) -> dict[str, float | str]:
                                                  channels=model.prototypes.vectors.shape[-1], **counts)}
 
 # %% ../nbs/15_measures.ipynb #cell-10
+def finished_runs(runs: str | Path, cases: Iterable[Case], device: str = 'auto') -> Iterator[tuple[dict, Run]]:
+    "Every finished seed of every case, opened, and what it is: method, variant, stage, setting, seed."
+    for c in cases:
+        r = c.recipe
+        for seed in finished_seeds(runs, r, c.stage):
+            run = open_run(runs, r.experiment, r.method, r.variant, seed, c.stage, device)
+            yield {'method': r.method, 'variant': r.variant, 'stage': c.stage, 'setting': c.setting, 'seed': seed}, run
+
 def measure_runs(runs: str | Path, cases: Iterable[Case],
                  measure: Callable[[Run], Mapping[str, float | str]],  # metric -> value, or why there is none
                  device: str = 'auto') -> pd.DataFrame:  # method, variant, stage, setting, seed, metric, value, reason
     "What `measure` says of every finished run of some cases; no rows for a case that was not run."
     import pandas as pd
-    rows = []
-    for c in cases:
-        r = c.recipe
-        for seed in finished_seeds(runs, r, c.stage):
-            run = open_run(runs, r.experiment, r.method, r.variant, seed, c.stage, device)
-            for metric, x in measure(run).items():
-                known = {'value': None, 'reason': x} if isinstance(x, str) else {'value': x, 'reason': ''}
-                rows.append({'method': r.method, 'variant': r.variant, 'stage': c.stage, 'setting': c.setting, 'seed': seed, 'metric': metric, **known})
+    known = lambda x: {'value': None, 'reason': x} if isinstance(x, str) else {'value': x, 'reason': ''}
+    rows = [{**what, 'metric': metric, **known(x)} for what, run in finished_runs(runs, cases, device) for metric, x in measure(run).items()]
     return pd.DataFrame(rows, columns=['method', 'variant', 'stage', 'setting', 'seed', 'metric', 'value', 'reason'])
 
 # %% ../nbs/15_measures.ipynb #cell-12
@@ -132,32 +134,46 @@ def part_scores(run: Run, data_root: str | Path = '', test: PartTest = PartTest(
         return 'needs part labels'
     return score_parts(run.model, val, Evaluation(), test, spread(len(val), images), f'{run.recipe.name} seed {run.seed}')
 
-def family_facts(run: Run, data_root: str | Path = '', images: int = 0) -> dict[str, float | str]:
-    "Consistency and stability in percent, sparsity, and the health of the prototypes; {} for a black box."
+def prototype_facts(run: Run, data_root: str | Path = '', images: int = 0) -> dict[str, float | str]:
+    "Consistency and stability in percent, and sparsity; {} for a black box."
     if run.model.prototypes is None: return {}
     scores = part_scores(run, data_root, images=images)
     if not isinstance(scores, str): scores = scores.scores(used_prototypes(run.model))
     shares = {k: scores if isinstance(scores, str) else 'no image shows a part' if scores[k] is None else 100 * scores[k]
               for k in ('consistency', 'stability')}
-    val = run.split('val', data_root)
-    rows = score_health(run.model, val, run.recipe.data.evaluation, spread(len(val), images), f'{run.recipe.name} seed {run.seed} health')
-    return {**shares, 'sparsity': sparsity(run.model), **summary(rows)}
+    return {**shares, 'sparsity': sparsity(run.model)}
 
-FAMILY_COLUMNS = ('consistency', 'stability', 'sparsity', 'cosine', 'duplicates', 'effective', 'idle')
+def health_of_runs(runs: str | Path, cases: Iterable[Case], data_root: str | Path = '', images: int = 0,
+                   device: str = 'auto') -> pd.DataFrame:  # method, variant, stage, class, and the columns of `class_health`
+    "Health of the prototypes of every class, and of `all`, as means over the finished seeds; no rows for a black box or a case that was not run."
+    import pandas as pd
+    rows = []
+    for what, run in finished_runs(runs, (c for c in cases if c.recipe.model.get('per_class')), device):
+        val = run.split('val', data_root)
+        classes = score_health(run.model, val, run.recipe.data.evaluation, spread(len(val), images), f'{run.recipe.name} seed {run.seed} health')
+        rows += [{**what, **row} for row in (*classes, {'class': 'all', **summary(classes)})]
+    key = ['method', 'variant', 'stage', 'class']
+    numbers = ['living', 'in_use', 'duplicates', 'cosine', 'effective', 'idle']
+    found = pd.DataFrame(rows, columns=[*key, *numbers]).astype(dict.fromkeys(numbers, float))
+    return found.groupby(key, sort=False, as_index=False).mean()
+
+FACTS, HEALTH_FACTS = ('consistency', 'stability', 'sparsity'), ('cosine', 'duplicates', 'effective', 'idle')
 
 def family_table(frame: pd.DataFrame,          # of `collect`
                  cases: Sequence[Case],
-                 values: pd.DataFrame,         # of `measure_runs` with `family_facts`
+                 values: pd.DataFrame,         # of `measure_runs` with `prototype_facts`
+                 health: pd.DataFrame,         # of `health_of_runs`
                  speed: Mapping[str, float],   # name of the recipe -> images per second, as far as measured
                 ) -> pd.DataFrame:
-    """One row per case: `miou` and `std` in percent, `prototypes` in use, `FAMILY_COLUMNS`, images `per_second`, and `memory_mb`, the largest
+    """One row per case: `miou` and `std` in percent, `prototypes` in use, `FACTS`, `HEALTH_FACTS`, images `per_second`, and `memory_mb`, the largest
     process (on an accelerator: the memory there) over all stages up to it."""
     import pandas as pd
     rows = []
     for c in cases:
         found = {k: v for k, v in summarise(frame, c.recipe, c.stage).items() if k != 'group_average'}
-        of_case = values[(values.method == c.recipe.method) & (values.variant == c.recipe.variant) & (values.stage == c.stage)]
-        means = {m: of_case[of_case.metric == m].value.dropna().astype(float).mean() for m in FAMILY_COLUMNS}
+        mine = lambda t, r=c.recipe, stage=c.stage: t[(t.method == r.method) & (t.variant == r.variant) & (t.stage == stage)]
+        of_case, of_all = mine(values), mine(health[health['class'] == 'all'])
+        means = {m: of_case[of_case.metric == m].value.dropna().astype(float).mean() for m in FACTS} | {m: of_all[m].mean() for m in HEALTH_FACTS}
         line = frame[(frame.method == c.recipe.method) & (frame.variant == c.recipe.variant)
                      & frame.stage.isin([s.name for s in c.recipe.ancestry(c.stage)])]
         memory = line.cuda_mb.max() if line.cuda_mb.max() > 0 else line.memory_mb.max()

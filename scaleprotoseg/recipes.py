@@ -259,12 +259,13 @@ def read_veto(name: str) -> tuple[tuple[int, int, int], ...]:
     return tuple(tuple(map(int, x)) for x in re.findall(r's(\d+)c(\d+)k(\d+)', name))
 
 def vetoed(recipe: Recipe, prototypes: Iterable[tuple[int, int, int]] = (), blamed: int = 0, drawn: bool = False, variant: str = '') -> Recipe:
-    "A recipe that removes prototypes after `project` and trains what follows again; side branches are left out."
+    "A recipe that removes prototypes after their projection and trains what follows again; side branches are left out."
     if recipe.variant: raise ValueError(f'{recipe.name} is a variant; remove prototypes of {recipe.experiment}/{recipe.method}')
     line, keys = recipe.ancestry(recipe.last.name), tuple(sorted({tuple(p) for p in prototypes}))
-    if 'project' not in [s.name for s in line]: raise ValueError(f'{recipe.name} has no projected prototypes to remove')
-    veto = Stage('veto', 'veto', 'project', veto=keys, blamed=blamed, drawn=drawn)
-    stages = [x for s in line for x in ([s, veto] if s.name == 'project' else [replace(s, parent='veto') if s.parent == 'project' else s])]
+    projected = next((s for s in line if s.kind == 'project'), None)
+    if projected is None: raise ValueError(f'{recipe.name} has no projected prototypes to remove')
+    veto = Stage('veto', 'veto', projected.name, projected.head, veto=keys, blamed=blamed, drawn=drawn)
+    stages = [x for s in line for x in ([s, veto] if s is projected else [replace(s, parent='veto') if s.parent == projected.name else s])]
     return replace(recipe, variant=variant or (veto_name(keys) if keys else 'veto_random' if drawn else 'veto'), stages=tuple(stages))
 
 # %% ../nbs/10_recipes.ipynb #cell-18

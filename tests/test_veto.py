@@ -133,6 +133,11 @@ def test_recipes_without_anything_to_remove_are_an_error():
     with pytest.raises(KeyError, match='scaleprotoseg'): find_recipe('smoke', 'scaleprotosg', 'veto-s0c0k0')
 
 
+def test_the_projection_may_have_any_name_and_head():
+    recipe = find_recipe('smoke', 'prototype_view', 'veto-s0c0k1')
+    assert [s.name for s in recipe.stages] == ['joint', 'snap', 'veto'] and recipe.last.parent == 'snap' and recipe.last.head == 'nearest'
+
+
 # -- digests ----------------------------------------------------------------------------------------------------------
 
 def digests(recipe): return {s.name: recipe.digest(s.name) for s in recipe.stages}
