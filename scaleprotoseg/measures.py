@@ -155,7 +155,8 @@ def health_of_runs(runs: str | Path, cases: Iterable[Case], data_root: str | Pat
     key = ['method', 'variant', 'stage', 'class']
     numbers = ['living', 'in_use', 'duplicates', 'cosine', 'effective', 'idle']
     found = pd.DataFrame(rows, columns=[*key, *numbers]).astype(dict.fromkeys(numbers, float))
-    return found.groupby(key, sort=False, as_index=False).mean()
+    found = found.groupby(key, sort=False, as_index=False).mean()
+    return found.astype({c: int for c in ('living', 'in_use', 'duplicates', 'idle') if (found[c] % 1 == 0).all()})      # counts, until they are means
 
 FACTS, HEALTH_FACTS = ('consistency', 'stability', 'sparsity'), ('cosine', 'duplicates', 'effective', 'idle')
 

@@ -361,14 +361,15 @@ EM_STEPS = dict(joint=10_000, finetune=10_000, group_joint=10_000)
 add_recipes(*em_recipes('em', width=64, channels=64, crop=512, batch=2, views=0, seeds=(0, 1, 2), lr=1e-4, last_lr=1e-5,
                         group_lr=5e-5, steps=EM_STEPS, eval_every=1000))
 
-def other_split(r: Recipe, seed: int) -> Recipe:
-    "The same method on another division of EM into training and validation slices."
-    splits = {role: {**options, 'split_seed': seed} for role, options in r.data.splits.items()}
-    return replace(r, variant='split2', data=replace(r.data, splits=splits))
+def other_split(r: Recipe, division: int, **changes) -> Recipe:
+    "The same method on another division of EM into training and validation slices, drawn with the seed `division`."
+    splits = {role: {**options, 'split_seed': division} for role, options in r.data.splits.items()}
+    return replace(r, variant='split2', data=replace(r.data, splits=splits), **changes)
 
 add_recipes(*em_recipes('em-quick', width=16, channels=16, crop=192, batch=4, views=4, seeds=(0, 1, 2), lr=2e-3, last_lr=1e-3,
                         group_lr=5e-3, steps=dict(joint=300, finetune=1000, group_joint=3000), momentum=FEW_UPDATES))
-add_recipes(*(other_split(r, 43) for r in recipes_of('em')))
+add_recipes(*(other_split(r, 43) for r in recipes_of('em')),
+            *(other_split(find_recipe('em-quick', m), 43, seeds=(0,)) for m in ('unet', 'protoseg', 'scaleprotoseg')))
 
 # %% ../nbs/10_recipes.ipynb #cell-28
 def em_supplement() -> list[Recipe]:
