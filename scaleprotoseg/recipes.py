@@ -507,7 +507,8 @@ for name in ('cityscapes', 'pascal', 'ade20k', 'cocostuff'):
 for name in ('em', 'em-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('unet', 'protoseg', 'scaleprotoseg'))
     add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
-add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))))
+add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))),
+            *apart(*(changed(find_recipe('em-quick', m), 'joint3x', steps=in_stage('joint', lambda n: 3 * n)) for m in ('unet', 'protoseg', 'scaleprotoseg'))))
 aug = find_recipe('pascal', 'scaleprotoseg')
 add_recipes(*apart(changed(aug, 'push_train_aug', data={'splits': {**aug.data.splits, 'push': {'split': 'train_aug'}}})))
 
