@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .losses import segment_log_softmax
 from .prototypes import Prototypes, full_precision
 
 # %% ../nbs/08_clustering.ipynb #cell-05
@@ -24,12 +23,14 @@ def sinkhorn(scores: Tensor,             # (N, K) similarity of each pixel to th
             ) -> Tensor:                 # (N, K), at least float32
     """Logarithm of the transport plan: rows sum to 1, columns of a class to about the number of its pixels over that of its
     living prototypes (prototype view, supplement, Algorithm 1, in the log domain). -inf at dead prototypes; a row of them is NaN."""
-    plan = full_precision(scores) / kappa
-    dead = torch.zeros_like(plan, dtype=torch.bool) if alive is None else ~alive[classes]
-    for _ in range(iterations):
-        over_pixels = segment_log_softmax(plan.masked_fill(dead, 0.).T, classes, n).T
-        plan = over_pixels.masked_fill(dead, -torch.inf).log_softmax(-1)
-    return plan
+    z = (full_precision(scores).T / kappa).contiguous()                        # (K, N): sums over prototypes run along rows
+    at, dead = classes.expand_as(z), torch.zeros(len(z), n, dtype=torch.bool, device=z.device) if alive is None else ~alive.T
+    columns, rows = z.new_full((len(z), n), -torch.inf).scatter_reduce(1, at, z, 'amax'), 0.
+    for _ in range(iterations):                                                # the exponents are at most 0, see above
+        mass = z.new_zeros(columns.shape).scatter_add(1, at, (z - rows - columns.index_select(1, classes)).exp())
+        columns = (columns + mass.log()).masked_fill(dead, torch.inf)
+        rows = (z - columns.index_select(1, classes)).logsumexp(0)
+    return (z - columns.index_select(1, classes) - rows).T
 
 # %% ../nbs/08_clustering.ipynb #cell-09
 @torch.no_grad()
@@ -44,12 +45,12 @@ def assign(scores: Tensor,    # (N, K) similarity of each pixel to the prototype
     own = torch.where(classes >= 0, classes, C)                                      # void is a class of its own
     living = torch.cat([alive, alive.new_zeros(1, K)])
     plan = sinkhorn(scores, own, C + 1, kappa, iterations, living)
-    if noise is not None: plan = (plan.exp() + gumbel(noise)).masked_fill(~living[own], -torch.inf)
-    nearest = full_precision(scores).masked_fill(~living[own], -torch.inf)
+    if noise is not None: plan = plan.exp() + gumbel(noise)
     pixels = torch.zeros(C + 1, dtype=torch.int64, device=own.device).scatter_add(0, own, torch.ones_like(own))
-    few = (pixels < living.sum(-1))[own]
-    index = torch.where(few[:, None], nearest, plan).argmax(-1)
-    return torch.where(living.any(-1)[own], index, -1)
+    few = (pixels < living.sum(-1)).index_select(0, own)
+    choice = torch.where(few, full_precision(scores).T, plan.T)                      # (K, N): the nearest, or by the plan
+    choice = choice + torch.where(living, 0., -torch.inf).T.index_select(1, own)
+    return torch.where(living.any(-1).index_select(0, own), choice.argmax(0), -1)
 
 def gumbel(noise: Tensor) -> Tensor:
     "Gumbel noise of uniform numbers in (0, 1)."
