@@ -20,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import InterpolationMode, resize
 from tqdm.auto import tqdm
 
 from .data import Labels, Sample, _decode, _span, lookup, palette, read_pair, read_pixels, register_dataset
@@ -439,9 +440,11 @@ def count_concepts(home: Path) -> dict[int, tuple[str, int, int]]:
 
 @register_dataset('ade20k-full')
 class ADE20KFull(_Reader):
-    """ADE20K with its whole vocabulary: the `classes` concepts that most training images show, of those in both splits (at most 847).
+    """ADE20K with its whole vocabulary: the `classes` concepts that most training images show, of those in both splits; published: at most 847.
 
-    Splits: train (25,574), val (2,000). ValueError if there are fewer such concepts."""
+    Images and label maps whose shorter side is longer than 512 are shrunk to that. Splits: train (25,574), val (2,000). ValueError if there are
+    fewer such concepts."""
+    shorter = 512
     tree: ClassVar[str] = """
   ADE20K_2021_17_01/images/ADE/training/GROUP/SCENE/NAME.jpg, NAME_seg.png and NAME.json; validation likewise
 in the root or in its folder ade20k-full; or the content of ADE20K_2021_17_01 in the root"""
@@ -468,8 +471,13 @@ in the root or in its folder ade20k-full; or the content of ADE20K_2021_17_01 in
     def _files(self, id: str) -> tuple[Path, Path]: return self._folder/f'{id}.jpg', self._folder/f'{id}_seg.png'
 
     def _pair(self, image: Path, label: Path) -> tuple[Tensor, Tensor]:
-        x, seg = read_pixels(image), read_pixels(label).long()
+        x, seg = read_pixels(image), read_pixels(label)
         if x.shape != seg.shape: raise ValueError(f'sizes differ: {image} has {tuple(x.shape[1:])} but its label map {label} {tuple(seg.shape[1:])} rows and columns')
+        if (shorter := min(x.shape[1:])) > self.shorter:
+            size = [n * self.shorter // shorter for n in x.shape[1:]]
+            x = resize(x, size, InterpolationMode.BILINEAR, antialias=True)
+            seg = resize(seg, size, InterpolationMode.NEAREST_EXACT)
+        seg = seg.long()
         return x, torch.from_numpy(self._table[(seg[0] // 10 * 256 + seg[1]).numpy()])
 
 # %% ../nbs/01_datasets.ipynb #cell-41

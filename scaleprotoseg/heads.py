@@ -162,7 +162,9 @@ class NearestHead(PrototypeHead):
         return self.between[..., None, None].expand(-1, -1, *self.evidence_shape)
 
     def weighed(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
-        "What the last layer weighs: at each position the similarity of the nearest prototype of each class, 0 for the others."
+        """What the last layer weighs: at each position the similarity of the nearest prototype of each class, 0 for the others.
+
+        A class without a living prototype has no evidence: nothing shares its constant score."""
         flat = similarities.masked_fill(~alive[..., None, None], -torch.inf).transpose(1, 2).flatten(2, 3)        # (B, C, S*K, h, w)
         nearest = flat.argmax(2, keepdim=True)
         won = torch.zeros_like(flat).scatter(2, nearest, flat.gather(2, nearest).clamp_min(-1.))

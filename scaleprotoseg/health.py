@@ -58,9 +58,9 @@ class Usage:
         index = ((nearest // K) * C + y.clamp_min(0)) * K + nearest % K
         self.counts.view(-1).scatter_add_(0, index, there.long())
 
-    def effective(self) -> Tensor:  # (C,) float64, NaN for a class that never occurs
+    def effective(self) -> Tensor:  # (C,) float64 on the CPU, NaN for a class that never occurs
         "exp of the entropy of each class's shares."
-        n = self.counts.transpose(0, 1).flatten(1).double()
+        n = self.counts.transpose(0, 1).flatten(1).cpu().double()          # MPS has no float64
         p = n / n.sum(1, keepdim=True)
         return torch.special.entr(p).sum(1).exp()
 

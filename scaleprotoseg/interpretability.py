@@ -285,7 +285,7 @@ def sparsity_curve(model: Model, taus: Iterable[float]) -> list[dict]:
     "One JSON-plain row per threshold: `tau`, `sparsity` (mean over classes), `fewest` and `most` of a class."
     weights = strongest_weights(model).flatten(1)
     counts = [(tau, (weights > tau).sum(1)) for tau in taus]
-    return [{'tau': tau, 'sparsity': n.double().mean().item(), 'fewest': int(n.min()), 'most': int(n.max())} for tau, n in counts]
+    return [{'tau': tau, 'sparsity': n.cpu().double().mean().item(), 'fewest': int(n.min()), 'most': int(n.max())} for tau, n in counts]
 
 def sparsity(model: Model, tau: float = 0.05) -> float:
     "Mean over classes of the number of prototypes with a weight above `tau` for the class (ScaleProtoSeg, Tables 3 and 4)."
@@ -362,5 +362,5 @@ def _forward_seconds(model: Model, image: Tensor) -> float:
     device = next(model.parameters()).device
     image, start = image.to(device), time.perf_counter()
     model(image)
-    if device.type == 'cuda': torch.cuda.synchronize(device)
+    if device.type != 'cpu': torch.accelerator.synchronize(device)
     return time.perf_counter() - start

@@ -22,7 +22,7 @@ from .backbones import build_backbone, freeze_batch_norm_
 from .data import lookup
 from .heads import (DirectHead, GroupHead, LinearHead, NearestHead, PixelHead, group_activations, group_logits,
                                  linear_logits)
-from .prototypes import SIMILARITIES, Prototypes, log_similarity, squared_distances
+from .prototypes import SIMILARITIES, Prototypes, full_precision
 
 # %% auto #0
 __all__ = ['CACHED', 'HELD', 'ACTIVATIONS', 'OUTPUTS', 'HEADS', 'Output', 'Model', 'Packed', 'pick_device', 'build_model',
@@ -42,7 +42,7 @@ class Output:
 # %% ../nbs/06_model.ipynb #cell-06
 CACHED, HELD = 1 << 19, 1 << 26   # similarities to hold at once where no gradient needs them: on a CPU (2 MB, near its cores), elsewhere
 
-ACTIVATIONS = {'sigmoid': torch.sigmoid, 'unit': partial(F.normalize, dim=2), 'none': lambda x: x}
+ACTIVATIONS = {'sigmoid': torch.sigmoid, 'unit': lambda x: F.normalize(full_precision(x), dim=2), 'none': lambda x: x}
 OUTPUTS = tuple(f.name for f in fields(Output))
 
 # %% ../nbs/06_model.ipynb #cell-08
@@ -145,7 +145,7 @@ class Packed:
 
     def __init__(self, model: Model, used: Tensor):  # (S, C, K) bool
         (_, C, K), flat, last = used.shape, used.flatten(1), model.head.last
-        self.epsilon, self.rows = model.prototypes.epsilon, None
+        self.compare, self.rows = model.prototypes.compare, None
         order = flat.byte().sort(dim=1, descending=True, stable=True).indices[:, :int(flat.sum(1).max())]      # (S, P)
         real = flat.gather(1, order)                                       # scales that use fewer are padded
         vectors = model.prototypes.vectors.flatten(1, 2)
@@ -166,8 +166,7 @@ class Packed:
         self.alive = model.prototypes.alive.any(-1).any(0)[None, :, None].expand(1, *self.rows.shape)
 
     def __call__(self, features: Tensor, want: set[str]) -> Output:
-        distances = squared_distances(features, self.vectors)
-        a = log_similarity(distances, self.epsilon)                        # (B, S, 1, P, h, w)
+        a = self.compare(features, self.vectors)[1]                        # (B, S, 1, P, h, w)
         if self.rows is None: return Output(linear_logits(a, self.last, torch.ones_like(a[0, :, :, :, 0, 0], dtype=torch.bool)))
         a = a.flatten(1, 3)[:, self.rows][:, None]                         # (B, 1, C, M, h, w)
         groups = group_activations(a, self.weights, self.alive)

@@ -81,7 +81,13 @@ class Prototypes(nn.Module):
     def forward(self,
                 features: Tensor,         # (B, S, D, h, w)
                ) -> tuple[Tensor, Tensor]:  # distances, similarities, each (B, S, C, K, h, w), at least float32
-        distances = squared_distances(features, self.vectors)
+        return self.compare(features, self.vectors)
+
+    def compare(self, features: Tensor,   # (B, S, D, h, w)
+                vectors: Tensor           # (S, C, K, D), its own or some of them
+               ) -> tuple[Tensor, Tensor]:
+        "The same for other vectors."
+        distances = squared_distances(features, vectors)
         # in memory class by class, (B, C, S, K, h, w), the order in which heads flatten it: nothing is copied there
         return distances, log_similarity(distances.transpose(1, 2), self.epsilon).transpose(1, 2)
 
@@ -106,13 +112,14 @@ class CosinePrototypes(Prototypes):
         del self.vectors
         self.register_buffer('vectors', F.normalize(torch.randn(scales, classes, per_class, channels), dim=-1))
 
-    def forward(self,
-                features: Tensor,         # (B, S, D, h, w), unit vectors over D
-               ) -> tuple[Tensor, Tensor]:  # 1 - cosines, cosines, each (B, S, C, K, h, w), at least float32
-        (B, S, D, h, w), (_, C, K, _) = features.shape, self.vectors.shape
+    def compare(self, features: Tensor,   # (B, S, D, h, w), unit vectors over D
+                vectors: Tensor           # (S, C, K, D)
+               ) -> tuple[Tensor, Tensor]:
+        "Distances 1 - cosine, and cosines, each (B, S, C, K, h, w), at least float32."
+        (B, S, D, h, w), (_, C, K, _) = features.shape, vectors.shape
         with torch.autocast(features.device.type, enabled=False):
             z = full_precision(features).reshape(B * S, D, h * w)
-            p = self.vectors.to(z.dtype).expand(B, S, C, K, D).reshape(B * S, C * K, D)
+            p = vectors.to(z.dtype).expand(B, S, C, K, D).reshape(B * S, C * K, D)
             cosines = torch.bmm(p, z).view(B, S, C, K, h, w)
         return (1 - cosines).clamp_min(0), cosines
 

@@ -308,12 +308,14 @@ def model_config(recipe: Recipe, stage: Stage, labels) -> dict:
             'evaluation': asdict(recipe.data.evaluation), 'recipe': recipe.name, 'stage': stage.name}
 
 def initial_backbone(job: Job) -> dict:
-    "The recipe's backbone with its initial weights: a file below the data root if it names one, or if `weights/ARCH.pth` is there."
+    "The recipe's backbone with its initial weights: a file below the data root if it names one, or what is there as `weights/ARCH.pth` or folder `weights/ARCH`."
     backbone, root = dict(job.recipe.model['backbone']), job.data_root or Path('data')
     if not (name := backbone.get('weights')): return backbone
-    local = root / 'weights' / f'{backbone["arch"]}.pth'
+    local = root / 'weights' / backbone['arch']
     if Path(name).suffix: backbone['weights'] = str(root / name)
-    elif local.is_file(): backbone['weights'] = str(local)         # instead of a download
+    else:                                                          # instead of a download
+        there = next((p for p in (local.with_name(f'{local.name}.pth'), local) if p.exists()), None)
+        if there: backbone['weights'] = str(there)
     return backbone
 
 def start_model(job: Job, labels) -> tuple[Model, dict]:
@@ -434,6 +436,10 @@ def _loop(job, model, wrapped, optimizer, source, position):
         raise Interrupted(f'{job.folder}: {why} after step {position["step"]} of {train.steps}; the same command continues it')
     return counts
 
+def _drawn(job, *keys) -> int:
+    "A seed for torch."
+    return int(rng(job.seed, job.stage.name, *keys).integers(1 << 62))
+
 def _follow(job, model, outputs, labels, keys):
     "For every output the prototypes that positions are assigned to; and sums of features and counts of all outputs, see `followed_sums`."
     assigned, sums = [], 0.
@@ -443,7 +449,7 @@ def _follow(job, model, outputs, labels, keys):
         index = lambda noise, out=out, y=y: assigned_prototypes(out, y, model, noise, gather, job.rank)
         if job.stage.train.legacy_draw:
             S, _, K = model.prototypes.alive.shape
-            source = torch.Generator().manual_seed(int(rng(job.seed, job.stage.name, 'draw', *keys).integers(1 << 62)))
+            source = torch.Generator().manual_seed(_drawn(job, 'draw', *keys))
             noise = torch.rand(job.world * y.numel(), S * K, generator=source).clamp(1e-6, 1 - 1e-6).to(y.device)
         assigned.append(index(None))
         sums = sums + followed_sums(out, y, assigned[-1] if noise is None else index(noise), model)
@@ -459,6 +465,7 @@ def _update(job, model, wrapped, parts, step):
     parts = [fabric.to_device(part) for part in parts]
     for i, (x, labels) in enumerate(parts, 1):
         with fabric.no_backward_sync(wrapped, enabled=i < len(parts)):
+            torch.manual_seed(_drawn(job, 'dropout', step, i, job.rank))       # a continued training drops what an uninterrupted one does
             outputs = forward(x)
             if whole is None: whole = fabric.all_reduce(update_counts(outputs, torch.cat([y for _, y in parts]), model, train), reduce_op='sum')
             found = _follow(job, model, outputs, labels, (step, i)) if train.momentum else None

@@ -173,12 +173,11 @@ def from_caffe_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_torchvision_name(name): value for name, value in state.items()}
 
 # %% ../nbs/03_trunks.ipynb #cell-28
-def _fetch(what: str, download: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _fetch(what: str, download: Callable[[], dict[str, Tensor]], instead: str = "the file, and its path: weights='…/file.pth'") -> dict[str, Tensor]:
     "What `download` returns; any failure is an OSError that says what to do."
     try: return download()
     except Exception as e:                    # the errors of urllib, of the hub and of its client have no common base
-        raise OSError(f'could not download {what} ({type(e).__name__}: {e}). Get the file on a machine with network '
-                      "access and give its path instead: weights='…/file.pth'") from e
+        raise OSError(f'could not load {what} ({type(e).__name__}: {e}). Without network access here, fetch elsewhere and give instead {instead}') from e
 
 def torchvision_weights(arch: str,           # 'resnet101', 'vgg16'
                         weights: str|Path    # a file; 'imagenet' or e.g. 'IMAGENET1K_V2': a download
@@ -322,5 +321,6 @@ def segformer_levels(arch: str='b0',
     if weights is None: return Levels(net, _hidden), dims
     if weights == 'pretrained': weights = f'nvidia/mit-{arch}'
     elif not Path(weights).is_dir(): raise FileNotFoundError(f"no folder {weights} with SegFormer weights; give one, 'pretrained' or None")
-    trained = _fetch(f'weights of MiT-{arch}', lambda: SegformerModel.from_pretrained(weights).state_dict())
+    elif not (Path(weights) / 'config.json').is_file(): raise FileNotFoundError(f'{weights} holds no config.json: not a model in the format of transformers')
+    trained = _fetch(f'weights of MiT-{arch}', lambda: SegformerModel.from_pretrained(weights).state_dict(), f"the folder of {weights}, and its path: weights='…/folder'")
     return Levels(load_weights_(net, trained, weights), _hidden), dims

@@ -179,3 +179,14 @@ def test_prune_stage_keeps_what_it_says(tmp_path):
     assert facts['kept'] == len(kept) == int(load_model(by_name['prune_finetune']).prototypes.alive.sum())
     assert all(p['kept'] == (p['own'] >= seen['threshold']) for p in seen['prototypes']) and 0 < facts['pruned']
     assert (Path(by_name['prune_finetune']) / 'prune.json').samefile(by_name['prune'] / 'prune.json')
+
+
+def test_dropout_is_drawn_by_seed_and_step(tmp_path, monkeypatch):
+    """HRNet's and SegFormer's heads drop channels: the same seed must drop the same ones, whatever was drawn in this process before."""
+    view = find_recipe('smoke', 'prototype_view')
+    small = replace(view, experiment='mini', init=None, stages=(replace(view.stages[0], train=replace(view.stages[0].train, steps=2)),),
+                    model={**view.model, 'backbone': dict(name='hrnet', arch='hrnet_w18_small')})
+    monkeypatch.setitem(recipes.RECIPES, small.name, small)
+    first, again, other = (run_method('mini', 'prototype_view', seed=seed, out=tmp_path / out, device='cpu')[0] / 'head.safetensors'
+                           for seed, out in ((0, 'a'), (0, 'b'), (1, 'c')))
+    assert first.read_bytes() == again.read_bytes() != other.read_bytes()
