@@ -139,8 +139,9 @@ def test_standard_deviations():
 STAGES = {'data', 'model', 'warmup', 'joint', 'finetune', 'prune', 'prune_finetune', 'group_warmup', 'group_joint', 'threshold', 'test'}
 QUANTITIES = set('''steps batch accumulate lr_trunk lr_aspp lr_prototypes lr_last lr_groups power decay diversity l1 entropy tau k keep
     crop_height crop_width scale_low scale_high flip inputs scales channels per_class groups classes split_train split_push split_val
-    test_height test_width test_shorter_side eval_every batch_norm'''.split())
+    test_height test_width test_shorter_side eval_every batch_norm momentum contrast distance rise'''.split())
 DATASETS = {'pascal', 'cityscapes', 'ade20k', 'cocostuff', 'em'}
+VIEWS = {'cityscapes-hrnet': 'hrnet', 'cityscapes-segformer': 'segformer', 'ade20k-segformer': 'segformer'}   # of the prototype view, and its parametric network
 WORDS = {'split_train', 'split_push', 'split_val', 'inputs'}
 
 
@@ -157,7 +158,8 @@ def test_hyper_parameters_use_the_fixed_words(recipes, numbers):
     assert list(recipes[0]) == ['dataset', 'method', 'variant', 'stage', 'quantity', 'value', 'source', 'note']
     assert len(numbers) == len(recipes) > 700
     for r in recipes:
-        assert r['dataset'] in DATASETS and r['method'] in {'deeplabv2', 'unet', 'protoseg', 'scaleprotoseg'} and r['source'], r
+        methods = {VIEWS[r['dataset']], 'prototype_view'} if r['dataset'] in VIEWS else {'deeplabv2', 'unet', 'protoseg', 'scaleprotoseg'}
+        assert r['dataset'] in DATASETS | VIEWS.keys() and r['method'] in methods and r['source'], r
         assert r['stage'] in STAGES and r['quantity'] in QUANTITIES, r
         if r['quantity'] not in WORDS and r['value']: assert float(r['value']) >= 0, r
         if not r['value']: assert r['note'], r
@@ -185,7 +187,7 @@ def test_updates_are_forward_passes_divided_by_their_number_per_update(recipes, 
     for d in DATASETS - {'em'}:      # every update sees ten images
         for (dataset, _, variant, _, quantity), v in numbers.items():
             if (dataset, variant, quantity) == (d, '', 'batch'): assert int(v) in (2, 10)
-    stages = [k[:4] for k in numbers if k[4] == 'batch' and k[0] != 'em']
+    stages = [k[:4] for k in numbers if k[4] == 'batch' and k[0] not in {'em', *VIEWS}]
     assert all(int(numbers[*k, 'batch']) * int(numbers[*k, 'accumulate']) == 10 for k in stages)
 
 
