@@ -35,7 +35,7 @@ class Output:
     "What a model says about a batch; `None` where it has no such thing or was not asked."
     logits: Tensor                      # (B, C, h, w)
     features: Tensor | None = None      # (B, S, D, h, w), after the activation
-    distances: Tensor | None = None     # (B, S, C, K, h, w), squared L2
+    distances: Tensor | None = None     # (B, S, C, K, h, w), squared L2 (of cosines: 1 - cosine)
     similarities: Tensor | None = None  # (B, S, C, K, h, w)
     groups: Tensor | None = None        # (B, C, G, h, w), group activations
 

@@ -175,7 +175,7 @@ class Source:
     cell: tuple[int, int]             # row, column on the feature grid
     grid: tuple[int, int]             # h, w of that grid
     size: tuple[int, int]             # H, W of the image
-    distance: float                   # squared L2 between prototype and feature, before the move
+    distance: float                   # squared L2 between prototype and feature (of cosines: 1 - cosine), before the move
     cell_box: tuple[int, int, int, int]  # y0, y1, x0, x1 in the image
     box: tuple[int, int, int, int]    # high-activation box, y0, y1, x0, x1
     patch: tuple[int, int, int, int]  # the square around `box` that the tile shows, y0, y1, x0, x1
