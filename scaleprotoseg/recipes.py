@@ -7,8 +7,8 @@ __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'STEPS', 'WEIGHTS', '
            'blackbox', 'projected', 'protoseg', 'scaleprotoseg', 'prototype_view', 'veto_name', 'read_veto', 'vetoed',
            'add_recipes', 'find_recipe', 'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split',
            'em_supplement', 'pretrained_recipes', 'published_data', 'changed', 'in_stage', 'legacy', 'taus',
-           'coco_weights', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'group_ablations', 'apart',
-           'view_recipes', 'adamw', 'camvid']
+           'coco_weights', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'fixed_last',
+           'group_ablations', 'apart', 'view_recipes', 'adamw', 'camvid']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -484,6 +484,11 @@ def lovasz_last(r: Recipe) -> Recipe:
     trained = {s.name for s in r.stages if s.train and not {'trunk', 'aspp', 'prototypes'} & s.train.lr.keys()}
     return changed(r, 'lovasz_last', lovasz=lambda old, stage: float(stage in trained))
 
+def fixed_last(r: Recipe) -> Recipe:
+    """Not from the papers: ScaleProtoSeg whose groups are trained under a last layer that stays as it starts. Is it the freedom of the last layer
+    that costs rare classes?"""
+    return changed(r, 'fixed_last', lr=lambda old, stage: {k: v for k, v in old.items() if k != 'last'} if 'groups' in old else old)
+
 def group_ablations(r: Recipe) -> list[Recipe]:
     "What changes in the second stage only: no entropy (ScaleProtoSeg, Tables 8 and 9), other thresholds (Table 7)."
     return [changed(r, 'no_entropy', entropy=0.), taus(r, (.01, .1))]
@@ -507,7 +512,7 @@ for name in ('cityscapes', 'pascal', 'ade20k', 'cocostuff'):
 
 for name in ('em', 'em-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('unet', 'protoseg', 'scaleprotoseg'))
-    add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
+    add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))),
             *apart(*(changed(find_recipe('em-quick', m), 'joint3x', steps=in_stage('joint', lambda n: 3 * n)) for m in ('unet', 'protoseg', 'scaleprotoseg'))))
 _aug = find_recipe('pascal', 'scaleprotoseg')
@@ -556,7 +561,7 @@ add_recipes(*camvid('camvid-quick', crop=240, steps=dict(warmup=20, joint=200, f
                     batch=(4, 1), eval_every=0, views=1, seeds=(0,), momentum=FEW_UPDATES))
 for name in ('camvid', 'camvid-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg'))
-    add_recipes(*apart(*(plus(r, jitter=.4) for r in (box, proto, scale)), *map(lovasz_last, (proto, scale)), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
+    add_recipes(*apart(*(plus(r, jitter=.4) for r in (box, proto, scale)), *map(lovasz_last, (proto, scale)), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))))
 
 # %% ../nbs/10_recipes.ipynb #cell-45
