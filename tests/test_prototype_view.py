@@ -113,3 +113,21 @@ def test_prototypes_move_and_a_collapse_is_said_once(monkeypatch, tmp_path):
     assert [str(w.message) for w in said if 'collapsing' in str(w.message)] == [
         f'{tmp_path / "smoke/prototype_view-legacy/seed0/joint"}: prototypes of a class are collapsing into one, so that more of them say no more '
         f'(mean cosine above {COLLAPSED}, see log.csv)']
+
+
+@pytest.mark.parametrize('head', ['linear', 'groups'])
+def test_other_heads_over_cosines_give_the_same_logits_piece_by_piece(head):
+    """The used prototypes alone are compared as all of them are."""
+    torch.manual_seed(0)
+    model = build_model(dict(backbone=dict(name='unet', width=4), head=head, activation='unit', similarity='cosine', classes=3, scales=4, channels=8,
+                             per_class=4, groups=2)).eval()
+    model.prototypes.kill_(torch.rand(model.prototypes.alive.shape) < .4)
+    with torch.no_grad():
+        features = model.features(torch.rand(2, 3, 32, 32))
+        torch.testing.assert_close(model.score(features, chunk=7).logits, model.score(features, chunk=10**6).logits)
+
+
+def test_unit_vectors_are_unit_vectors_in_half_precision():
+    model = build_model(dict(backbone=dict(name='unet', width=4), head='nearest', activation='unit', similarity='cosine', classes=3, scales=1, channels=8, per_class=2))
+    with torch.autocast('cpu', torch.bfloat16): features = model.features(torch.rand(1, 3, 32, 32))
+    torch.testing.assert_close(features.float().norm(dim=2), torch.ones(1, 1, *features.shape[-2:]), rtol=1e-5, atol=0)
