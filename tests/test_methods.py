@@ -86,6 +86,15 @@ def test_the_first_weights_of_every_recipe_can_be_named(name, tmp_path):
     assert backbone.get('weights') in (None, 'imagenet', 'pretrained', 'bundled') or Path(backbone['weights']).is_relative_to(tmp_path)
 
 
+def test_weights_that_are_there_are_not_downloaded(tmp_path):
+    where = lambda experiment, method: initial_backbone(SimpleNamespace(recipe=find_recipe(experiment, method), data_root=tmp_path))['weights']
+    assert where('ade20k-segformer', 'segformer') == 'pretrained'
+    folder, file = tmp_path / 'weights/b0', tmp_path / 'weights/resnet101.pth'
+    folder.mkdir(parents=True)
+    file.touch()
+    assert where('ade20k-segformer', 'segformer') == str(folder) and where('cityscapes', 'protoseg') == str(file)
+
+
 def recipe_prototypes(folder): return load_model(folder).prototypes.alive.numel()
 
 
