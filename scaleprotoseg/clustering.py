@@ -26,7 +26,7 @@ def sinkhorn(scores: Tensor,             # (N, K) similarity of each pixel to th
     z = (full_precision(scores).T / kappa).contiguous()                        # (K, N): sums over prototypes run along rows
     at, dead = classes.expand_as(z), torch.zeros(len(z), n, dtype=torch.bool, device=z.device) if alive is None else ~alive.T
     columns, rows = z.new_full((len(z), n), -torch.inf).scatter_reduce(1, at, z, 'amax'), 0.
-    for _ in range(iterations):                                                # the exponents are at most 0, see above
+    for _ in range(iterations):                                                # no exponent is above 0: `rows` is at least each of its terms
         mass = z.new_zeros(columns.shape).scatter_add(1, at, (z - rows - columns.index_select(1, classes)).exp())
         columns = (columns + mass.log()).masked_fill(dead, torch.inf)
         rows = (z - columns.index_select(1, classes)).logsumexp(0)
