@@ -7,8 +7,8 @@ __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'STEPS', 'WEIGHTS', '
            'blackbox', 'projected', 'protoseg', 'scaleprotoseg', 'prototype_view', 'veto_name', 'read_veto', 'vetoed',
            'add_recipes', 'find_recipe', 'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split',
            'em_supplement', 'pretrained_recipes', 'published_data', 'changed', 'in_stage', 'legacy', 'taus',
-           'coco_weights', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'fixed_last',
-           'group_ablations', 'apart', 'view_recipes', 'adamw', 'camvid']
+           'coco_weights', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'after_projection',
+           'balanced_last', 'fixed_last', 'group_ablations', 'apart', 'view_recipes', 'adamw', 'camvid']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -37,6 +37,7 @@ class Train:
     l1: float = 0.               # weight of the off-class L1
     entropy: float = 0.          # weight of the group entropy
     lovasz: float = 0.           # weight of the Lovász loss, beside cross-entropy
+    balance: float = 0.          # of classes in cross-entropy, see `class_weights`: 0 every pixel counts the same, 1 every class
     batch_norm: bool = False     # does batch norm train with the trunk?
     views: int = 0               # 0: fresh augmentation every step; n: similarities computed once for n views per image
     eval_every: int = 0          # updates between validations (keeps the best weights); 0: only at the end
@@ -55,6 +56,7 @@ class Train:
         if not 0 <= self.rise < self.steps: raise ValueError(f'rise={self.rise}: expected a part of the {self.steps} steps')
         if self.views and ({'trunk', 'aspp', 'prototypes'} & set(self.lr) or self.momentum):
             raise ValueError(f'views={self.views} fixes the similarities, but {sorted(self.lr)} or momentum={self.momentum} would change them')
+        if not 0 <= self.balance <= 1: raise ValueError(f'balance={self.balance}: expected an exponent from 0 (none) to 1 (all classes count the same)')
         if not 0 <= self.momentum < 1: raise ValueError(f'momentum={self.momentum}: expected a number in [0, 1), 0 for prototypes that stay')
         if not self.momentum and (self.contrast or self.distance):
             raise ValueError('pixel-prototype contrast and distance need the clustering that gives every pixel a prototype: momentum > 0')
@@ -191,7 +193,7 @@ def _stage_values(s: Stage) -> dict:
     if s.kind != 'train': return dict(tau=s.tau, k=s.k, keep=s.keep, blamed=s.blamed or None, drawn=int(s.drawn) or None)
     t = s.train
     return dict(steps=t.steps, batch=t.batch, accumulate=t.accumulate, power=t.power, rise=t.rise or None, decay=t.decay, diversity=t.diversity, l1=t.l1,
-                entropy=t.entropy, lovasz=t.lovasz or None, momentum=t.momentum or None, contrast=t.contrast or None, distance=t.distance or None, batch_norm=int(t.batch_norm), eval_every=t.eval_every, **{f'lr_{k}': v for k, v in t.lr.items()})
+                entropy=t.entropy, lovasz=t.lovasz or None, balance=t.balance or None, momentum=t.momentum or None, contrast=t.contrast or None, distance=t.distance or None, batch_norm=int(t.batch_norm), eval_every=t.eval_every, **{f'lr_{k}': v for k, v in t.lr.items()})
 
 def _row(s):
     if s.kind != 'train':
@@ -201,7 +203,7 @@ def _row(s):
     t = s.train
     rates = f'{t.optimizer}: ' + ', '.join(f'{k} {v:g}' for k, v in t.lr.items()) + (f', poly {t.power:g}' if t.power else '') + (f', rising for {t.rise}' if t.rise else '')
     rates += f', prototypes follow with momentum {t.momentum:g}{" (legacy draw)" * t.legacy_draw}' if t.momentum else ''
-    losses = ' + '.join(['CE'] + [f'{v:g} {k}' for k, v in [('Lovász', t.lovasz), ('diversity' + ' of shifted labels' * t.legacy_labels, t.diversity), ('L1', t.l1), ('entropy', t.entropy),
+    losses = ' + '.join(['CE' + f' balanced by {t.balance:g}' * (t.balance > 0)] + [f'{v:g} {k}' for k, v in [('Lovász', t.lovasz), ('diversity' + ' of shifted labels' * t.legacy_labels, t.diversity), ('L1', t.l1), ('entropy', t.entropy),
                                                           ('contrast', t.contrast), ('distance', t.distance)] if v])
     batch = f'{t.batch} × {t.accumulate}' if t.accumulate > 1 else f'{t.batch}'
     return f'| {s.name} | {s.parent or "start"} | {t.steps} | {batch} | {rates} | {losses} |'
@@ -481,8 +483,16 @@ def plus(r: Recipe, jitter: float = 0.) -> Recipe:
 def lovasz_last(r: Recipe) -> Recipe:
     """Not from the papers: a Lovász loss in the stages after projection, which train the head alone and lose rare classes on CamVid. Is it that
     cross-entropy counts pixels?"""
+    return changed(r, 'lovasz_last', lovasz=after_projection(r, 1.))
+
+def after_projection(r: Recipe, value):
+    "For `changed`: a value in the stages that train the head alone, as before elsewhere."
     trained = {s.name for s in r.stages if s.train and not {'trunk', 'aspp', 'prototypes'} & s.train.lr.keys()}
-    return changed(r, 'lovasz_last', lovasz=lambda old, stage: float(stage in trained))
+    return lambda old, stage: value if stage in trained else old
+
+def balanced_last(r: Recipe) -> Recipe:
+    "Not from the papers: rare classes count more in the stages after projection. Is it that there are so few pixels of them?"
+    return changed(r, 'balanced_last', balance=after_projection(r, .5))
 
 def fixed_last(r: Recipe) -> Recipe:
     """Not from the papers: ScaleProtoSeg whose groups are trained under a last layer that stays as it starts. Is it the freedom of the last layer
@@ -512,7 +522,7 @@ for name in ('cityscapes', 'pascal', 'ade20k', 'cocostuff'):
 
 for name in ('em', 'em-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('unet', 'protoseg', 'scaleprotoseg'))
-    add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
+    add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), balanced_last(scale), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))),
             *apart(*(changed(find_recipe('em-quick', m), 'joint3x', steps=in_stage('joint', lambda n: 3 * n)) for m in ('unet', 'protoseg', 'scaleprotoseg'))))
 _aug = find_recipe('pascal', 'scaleprotoseg')
@@ -561,7 +571,7 @@ add_recipes(*camvid('camvid-quick', crop=240, steps=dict(warmup=20, joint=200, f
                     batch=(4, 1), eval_every=0, views=1, seeds=(0,), momentum=FEW_UPDATES))
 for name in ('camvid', 'camvid-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg'))
-    add_recipes(*apart(*(plus(r, jitter=.4) for r in (box, proto, scale)), *map(lovasz_last, (proto, scale)), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
+    add_recipes(*apart(*(plus(r, jitter=.4) for r in (box, proto, scale)), *map(lovasz_last, (proto, scale)), balanced_last(scale), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))))
 
 # %% ../nbs/10_recipes.ipynb #cell-45

@@ -357,7 +357,8 @@ _QUESTIONS = {   # variant -> what it asks
     'no_diversity': 'What is the diversity loss worth?', 'shifted_labels': 'What do the published, shifted labels of the diversity loss cost?',
     'legacy': "What do the published program's faults cost?", 'one_scale': 'Is it the scales, or the number of prototypes?',
     'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does better training add?',
-    'lovasz_last': 'What does a Lovász loss add to the stages after projection?', 'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?'}
+    'lovasz_last': 'What does a Lovász loss add to the stages after projection?', 'balanced_last': 'What if rare classes count more in the stages after projection?',
+    'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?'}
 
 def claims(experiment: str) -> list[Claim]:
     "The differences between methods, between their stages, and between the main recipe and each variant of an experiment."

@@ -8,8 +8,8 @@ __all__ = ['OPTIMIZERS', 'SAVE_SECONDS', 'COLLAPSED', 'READ_EVERY', 'KINDS', 'PR
            'followed_sums', 'parameter_groups', 'make_optimizer', 'set_learning_rate', 'Job', 'model_config',
            'initial_backbone', 'start_model', 'FrozenViews', 'frozen_since', 'train_stage', 'project_stage',
            'prune_stage', 'threshold_stage', 'veto_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data',
-           'check_parent', 'check_recipe', 'stopping', 'processes', 'make_fabric', 'speaks', 'check_division',
-           'run_stage', 'find_equal', 'adopt', 'run_method']
+           'check_split', 'check_parent', 'check_recipe', 'stopping', 'processes', 'make_fabric', 'speaks',
+           'check_division', 'run_stage', 'find_equal', 'adopt', 'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
 import atexit
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ from .data import Sample, check_dataset, fingerprint, lookup, open_dataset, read
 from .evaluation import evaluate
 from .failures import check_veto, count_blame, drawn_at_random, most_blamed
 from .heads import GroupHead
-from .losses import (compared, cross_entropy, diversity, group_entropy, legacy_labels, lovasz, off_class_l1,
+from .losses import (class_weights, compared, cross_entropy, diversity, group_entropy, legacy_labels, lovasz, off_class_l1,
                                   own_class, prototype_contrast, prototype_distance)
 from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
 from .model import (Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model,
@@ -116,11 +116,12 @@ def stage_losses(out: Output,     # with distances if diversity has a weight
                  whole: Tensor | None = None,  # (3,) counts of the update that this pass is a part of; None: it is the whole
                  share: float = 1.,            # of this pass in the update, for losses that no `count` divides
                  assigned: Tensor | None = None,  # (B, h, w) a prototype per position, of `assigned_prototypes`
+                 weights: Tensor | None = None,   # (C,) of classes in cross-entropy
                 ) -> dict[str, Tensor]:
     "Weighted losses by name; every weight is applied here and nowhere else. Over all parts of an update they add up to its losses."
     labels = reduce_labels(labels, out.logits.shape[-2:])
     labelled, pairs, followed = (None, None, None) if whole is None else whole
-    losses = {'ce': cross_entropy(out.logits, labels, labelled)}
+    losses = {'ce': cross_entropy(out.logits, labels, labelled, weights)}
     if train.lovasz: losses['lovasz'] = share * train.lovasz * lovasz(out.logits, labels)
     if train.contrast:
         losses['contrast'] = train.contrast * prototype_contrast(out.similarities, labels, assigned, model.prototypes.alive, count=followed)
@@ -138,10 +139,10 @@ def mean_losses(outputs: list[Output], labels: Tensor, model: Model, train: Trai
                 whole: Tensor | None = None,   # (outputs, 3), see `update_counts`
                 share: float = 1.,
                 assigned: list[Tensor] | None = None,  # of each output
-               ) -> dict[str, Tensor]:
+                weights: Tensor | None = None) -> dict[str, Tensor]:
     "`stage_losses` averaged over the outputs of all input scales, each with labels at its own size (spec 1.2)."
     wholes, assigned = ([None] * len(outputs) if x is None else x for x in (whole, assigned))
-    each = [stage_losses(out, labels, model, train, n, share, a) for out, n, a in zip(outputs, wholes, assigned)]
+    each = [stage_losses(out, labels, model, train, n, share, a, weights) for out, n, a in zip(outputs, wholes, assigned)]
     return {name: sum(losses[name] for losses in each) / len(each) for name in each[0]}
 
 def update_counts(outputs: list[Output], labels: Tensor,  # (n, H, W) of all passes of an update
@@ -281,6 +282,13 @@ class Job:
         why = self.stop()
         asked = int(self.fabric.all_reduce(torch.tensor(int(bool(why)), device=self.fabric.device), reduce_op='sum'))
         return why or ('another process was stopped' if asked else '')
+
+    @cached_property
+    def class_weights(self) -> Tensor | None:
+        "Of cross-entropy in this stage, by what `check_data` counted in the training split."
+        if not (balance := self.stage.train.balance): return None
+        pixels = self.first(check_split, self, 'train')['class_pixels']
+        return class_weights(torch.tensor(list(pixels.values())), balance).to(self.fabric.device, torch.float64 if self.precision == '64-true' else torch.float32)
 
     def check_stop(self, where: str):
         "Raise `Interrupted` if there is a reason to stop. One of several processes never leaves the others in the middle of a pass."
@@ -469,7 +477,7 @@ def _update(job, model, wrapped, parts, step):
             outputs = forward(x)
             if whole is None: whole = fabric.all_reduce(update_counts(outputs, torch.cat([y for _, y in parts]), model, train), reduce_op='sum')
             found = _follow(job, model, outputs, labels, (step, i)) if train.momentum else None
-            losses = mean_losses(outputs, labels, model, train, whole, 1 / (len(parts) * job.world), found and found[0])
+            losses = mean_losses(outputs, labels, model, train, whole, 1 / (len(parts) * job.world), found and found[0], job.class_weights)
             fabric.backward(sum(losses.values()) * job.world)          # over processes, gradients are averaged
         total = {k: total.get(k, 0.) + v.detach() for k, v in losses.items()}
         if found: sums = sums + found[1]
@@ -611,18 +619,19 @@ def peak_memory(device: torch.device) -> dict:
 # %% ../nbs/12_training.ipynb #cell-29
 def check_data(job: Job) -> dict:
     "Read every sample of the recipe's splits once per output folder; returns their fingerprints. Errors name the file."
-    facts = {}
-    for role in job.recipe.data.splits:
-        dataset = job.data(role)
-        if not len(dataset): raise ValueError(f'the {role} split of {job.recipe.name} has no images')
-        where = hashlib.sha256(f'{fingerprint(dataset)} {job.data_root and job.data_root.absolute()} {dict(job.recipe.data.splits[role])}'.encode())
-        record = job.out / job.recipe.experiment / 'data' / f'{where.hexdigest()[:16]}.json'
-        if not record.is_file():
-            record.parent.mkdir(parents=True, exist_ok=True)
-            write_json(record, check_dataset(dataset, progress=len(dataset) > 500))
-        checked = json.loads(record.read_text())
-        facts[role] = {'dataset': job.recipe.data.dataset, 'images': checked['images'], 'contents': checked['contents'][:16]}
-    return facts
+    checked = {role: check_split(job, role) for role in job.recipe.data.splits}
+    return {role: {'dataset': job.recipe.data.dataset, 'images': c['images'], 'contents': c['contents'][:16]} for role, c in checked.items()}
+
+def check_split(job: Job, role: str) -> dict:
+    "What `check_dataset` says of the split that plays `role`, from the output folder if it was read before."
+    dataset = job.data(role)
+    if not len(dataset): raise ValueError(f'the {role} split of {job.recipe.name} has no images')
+    where = hashlib.sha256(f'{fingerprint(dataset)} {job.data_root and job.data_root.absolute()} {dict(job.recipe.data.splits[role])}'.encode())
+    record = job.out / job.recipe.experiment / 'data' / f'{where.hexdigest()[:16]}.json'
+    if not record.is_file():
+        record.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, check_dataset(dataset, progress=len(dataset) > 500))
+    return json.loads(record.read_text())
 
 def check_parent(job: Job):
     "The stage before must be finished, and made by the same recipe."

@@ -57,12 +57,19 @@ def grouped_logits(u, last):
     return out
 
 
-def cross_entropy(logits, labels):
+def class_weights(pixels, balance):
+    raw = [(n / sum(pixels)) ** -balance if n else 0. for n in pixels]
+    mean = sum(w * n for w, n in zip(raw, pixels)) / sum(pixels)
+    return [w / mean for w in raw]
+
+
+def cross_entropy(logits, labels, weights=None):
     terms = []
     for b, y, x in np.ndindex(labels.shape):
         if labels[b, y, x] < 0: continue
         z = logits[b, :, y, x]
-        terms.append(z.max() + math.log(np.exp(z - z.max()).sum()) - z[labels[b, y, x]])
+        loss = z.max() + math.log(np.exp(z - z.max()).sum()) - z[labels[b, y, x]]
+        terms.append(loss * (1. if weights is None else weights[labels[b, y, x]]))
     return sum(terms) / len(terms) if terms else 0.
 
 

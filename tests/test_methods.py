@@ -138,17 +138,17 @@ def test_parts_of_an_update_add_up_to_one_large_batch():
     model = small(inputs=[.5]).double().train_only_(['aspp', 'prototypes', 'last'])
     image, label = torch.rand(4, 3, 65, 65).double(), torch.randint(-1, 3, (4, 65, 65))
     label[0, :, 9:], label[3] = -1, -1
-    train, gradients = Train(1, {}, diversity=.25, l1=1e-3), []
+    train, gradients, weights = Train(1, {}, diversity=.25, l1=1e-3), [], torch.tensor([.5, 1., 4.]).double()
     for sizes in ((4,), (1, 3), (1, 1, 1, 1)):
         model.zero_grad()
         for x, y in zip(image.split(list(sizes)), label.split(list(sizes))):
             outputs = model.outputs(x, ('distances',))
             whole = update_counts(outputs, label, model, train)
-            sum(mean_losses(outputs, y, model, train, whole, 1 / len(sizes)).values()).backward()
+            sum(mean_losses(outputs, y, model, train, whole, 1 / len(sizes), weights=weights).values()).backward()
         gradients.append([p.grad.clone() for p in (model.prototypes.vectors, model.head.last)])
     for parts in gradients[1:]: torch.testing.assert_close(parts, gradients[0], rtol=1e-9, atol=1e-12)
     model.zero_grad()
-    sum(mean_losses(model.outputs(image, ('distances',)), label, model, train).values()).backward()
+    sum(mean_losses(model.outputs(image, ('distances',)), label, model, train, weights=weights).values()).backward()
     torch.testing.assert_close([model.prototypes.vectors.grad, model.head.last.grad], gradients[0], rtol=1e-9, atol=1e-12)
 
 

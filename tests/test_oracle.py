@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 
 from scaleprotoseg.heads import GroupHead, LinearHead, to_simplex
-from scaleprotoseg.losses import cross_entropy, diversity, group_entropy, legacy_labels, lovasz, off_class_l1
+from scaleprotoseg.losses import class_weights, cross_entropy, diversity, group_entropy, legacy_labels, lovasz, off_class_l1
 from scaleprotoseg.metrics import (average_weight, class_iou, confusion, group_statistics, mean_iou, pixel_accuracy,
                                    threshold_sweep)
 from scaleprotoseg.model import OUTPUTS, Model
@@ -107,6 +107,11 @@ def test_losses_are_those_of_the_equations(case):
     alive, labels = case.alive.numpy(), case.labels.numpy()
     out = case.model(case.linear).score(case.features, ('distances',))
     close(cross_entropy(out.logits, case.labels), oracle.cross_entropy(double(out.logits), labels))
+    pixels = np.arange(len(case.alive[0]))                            # the first class has none
+    if labels.max() > 0:
+        weights = class_weights(torch.from_numpy(pixels), .5)
+        close(cross_entropy(out.logits, case.labels, weights=weights.to(out.logits)), oracle.cross_entropy(double(out.logits), labels, weights.tolist()))
+        assert np.allclose(weights, oracle.class_weights(pixels.tolist(), .5), rtol=1e-6)
     close(diversity(out.distances, case.labels, case.alive), oracle.diversity(double(out.distances), labels, alive))
     close(off_class_l1(case.linear.last, case.linear.evidence(case.alive)),
           oracle.off_class_l1_linear(double(case.linear.weight), alive))

@@ -12,12 +12,12 @@ import torch
 from test_datasets import make_pascal, save, write
 
 from scaleprotoseg import recipes
-from scaleprotoseg.losses import diversity
+from scaleprotoseg.losses import class_weights, cross_entropy, diversity
 from scaleprotoseg.model import load_model
 from scaleprotoseg.projection import touched
 from scaleprotoseg.recipes import find_recipe
 from scaleprotoseg.runs import read_metrics
-from scaleprotoseg.training import Job, StepBatches, run_method, run_stage, start_model
+from scaleprotoseg.training import Job, StepBatches, passes, run_method, run_stage, start_model
 from scaleprotoseg.transforms import reduce_labels
 
 
@@ -57,6 +57,7 @@ def run(out, monkeypatch):
         recipe = replace(recipe, variant=variant)
         monkeypatch.setitem(recipes.RECIPES, recipe.name, recipe)
         return {f.name: f for f in run_method('smoke', recipe.method, variant, out=out, device='cpu')}
+    run.out = out
     return run
 
 
@@ -66,6 +67,27 @@ def key(source): return source['scale'], source['cls'], source['k']
 
 
 def push_data(recipe): return Job(recipe, recipe.last, 0, None, None, None, lambda: '').data('push')
+
+
+# -- balance -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('stage', ['joint', 'finetune'])            # on images, and on similarity maps kept of them
+def test_balance_weighs_classes_in_the_cross_entropy_of_the_first_step(run, stage):
+    recipe = until(find_recipe('smoke', 'protoseg'), stage)
+    plain, balanced = (log(run(f'{name}_{stage}', r)[stage]) for name, r in
+                       dict(counted=recipe, balanced=in_stage(recipe, stage, balance=1.)).items())
+    assert {k for k in plain[0] if plain[0][k] != balanced[0][k]} == {'ce'}
+    assert plain[-1]['ce'] != balanced[-1]['ce']
+    job = Job(recipe, recipe.stage(stage), 0, None, None, None, lambda: '')
+    data = job.data('train')
+    pixels = sum(torch.bincount(data[i].label[data[i].label >= 0], minlength=len(data.labels)) for i in range(len(data)))
+    weights = class_weights(pixels, 1.)
+    assert weights[pixels > 0].max() / weights[pixels > 0].min() == pytest.approx(float(pixels.max() / pixels[pixels > 0].min()))
+    if stage == 'finetune': return
+    model, _ = start_model(replace(job, out=run.out, recipe=replace(recipe, variant=f'counted_{stage}')), data.labels)
+    x, y = StepBatches(data, recipe.data, model.backbone.mean.flatten().tolist(), 0, stage)[passes(0, recipe.stage(stage).train)[0]]
+    logits = model.train_only_(recipe.stage(stage).train.lr)(x).logits
+    assert balanced[0]['ce'] == pytest.approx(cross_entropy(logits, reduce_labels(y, logits.shape[-2:]), weights=weights).item(), rel=1e-5)
 
 
 # -- legacy_labels -----------------------------------------------------------------------------------------------------

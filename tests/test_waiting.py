@@ -29,7 +29,7 @@ def test_training_step(head, extra, legacy, valueless):
     model.train_only_(train.lr)
     optimizer, (x, y) = make_optimizer(model, train), batch(model)
     outputs = model.outputs(x, ('distances',))
-    losses = mean_losses(outputs, y, model, train, update_counts(outputs, y, model, train))
+    losses = mean_losses(outputs, y, model, train, update_counts(outputs, y, model, train), weights=torch.rand(CONFIG['classes']))
     assert losses.keys() == {'ce', 'lovasz', 'diversity', 'l1', *(['entropy'] if extra else [])}
     sum(losses.values()).backward()
     optimizer.step()
