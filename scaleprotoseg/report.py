@@ -44,10 +44,10 @@ __all__ = ['COLUMNS', 'PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', '
            'summarise', 'whole', 'find_published', 'compared', 'other_draws', 'published_references', 'accuracy_table',
            'steps_table', 'plain_table', 'Case', 'size_cases', 'diversity_cases', 'threshold_cases', 'weight_cases',
            'entropy_cases', 'ablation_table', 'Claim', 'claims', 'claims_table', 'claims_runs', 'shown', 'save_table',
-           'save_figure', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of',
-           'busiest_classes', 'plot_comparison', 'notebook_parameters', 'check_parameters', 'NotebookFailed',
-           'run_notebook', 'run_cells', 'without_machine_paths', 'smaller_pictures', 'read_title', 'write_contents',
-           'build_report', 'save_results', 'pack_results']
+           'save_figure', 'distinct', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run', 'open_run',
+           'provenance_of', 'busiest_classes', 'plot_comparison', 'notebook_parameters', 'check_parameters',
+           'NotebookFailed', 'run_notebook', 'run_cells', 'without_machine_paths', 'smaller_pictures', 'read_title',
+           'write_contents', 'build_report', 'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -468,9 +468,15 @@ def save_figure(fig: Figure,
     return _with_ending(path, '.png')
 
 # %% ../nbs/15_report.ipynb #cell-45
+def distinct(frame: pd.DataFrame) -> pd.DataFrame:
+    "Rows of `collect`, each training once: variants share the stages before the first in which they differ."
+    known = frame[['recipe', 'seed', 'finished']].notna().all(axis=1)
+    return frame[~(known & frame.duplicated(['recipe', 'seed', 'finished']))]
+
 def provenance_text(frame: pd.DataFrame) -> str:
     "Which runs a result rests on: seeds, data, device, commit, recipes, duration, date."
     if not len(frame): return 'No finished run.'
+    frame = distinct(frame)
     def values(column): return sorted({str(v) for v in frame[column].dropna()})
     commits = [c[:10] + ('-dirty' if c.endswith('-dirty') else '') for c in values('commit')]
     finished = values('finished')
@@ -803,15 +809,15 @@ def _sections(folder: Path, experiment: str) -> str:
 # %% ../nbs/15_report.ipynb #cell-63
 def _what_was_run(frame: pd.DataFrame, experiment: str) -> dict[str, str]:
     "Methods, time, memory and provenance of an experiment, as text."
-    methods = [r.name.split('/')[1] for r in known_recipes(experiment)]
+    methods, once = [r.name.split('/')[1] for r in known_recipes(experiment)], distinct(frame)
     done = {f'{m}-{v}' if v else m for m, v in zip(frame.method, frame.variant)}
     memory = {'process': frame.memory_mb.max(), 'accelerator': frame.cuda_mb.max()}
     peaks = [f'{where} {mb:.0f} MB' for where, mb in memory.items() if mb > 0]     # NaN is not > 0
     return {'Methods': ', '.join(m for m in methods if m in done),
              'Not run': ', '.join(m for m in methods if m not in done),
-             'Stages': f'{len(frame)} finished, {duration(frame.seconds.dropna().sum())} in total',
+             'Stages': f'{len(once)} finished, {duration(once.seconds.dropna().sum())} in total',
              'Peak memory': ', '.join(peaks),
-             'Provenance': provenance_text(frame.assign(recipe=None))}
+             'Provenance': provenance_text(once.assign(recipe=None))}
 
 def _records(runs: str | Path, frame: pd.DataFrame, experiment: str) -> dict[str, dict]:
     "What made every finished stage and what came out, by `method/seed/stage`."
@@ -845,7 +851,7 @@ def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame | Non
     facts |= {f'Pictures of {name}': text for name, text in _terms(experiment).items()}
     return ('<dl>' + ''.join(f'<dt>{k}</dt><dd>{escape(v)}</dd>' for k, v in facts.items() if v) + '</dl>'
             + _html_frame(table[[c for c in table if c not in hidden]])
-            + f'<p class="caption">mIoU in percent of the last stage of each {what}{escape(beside)}</p>')
+            + f'<p class="caption">mIoU in percent of the stages named, those that the papers report, of each {what}{escape(beside)}</p>')
 
 def _appendix(frame: pd.DataFrame, experiment: str) -> str:
     "Html: every run and every recipe, folded."

@@ -26,6 +26,7 @@ from scaleprotoseg.report import (
     collect,
     compare,
     compared,
+    distinct,
     entropy_cases,
     find_published,
     notebook_parameters,
@@ -97,6 +98,19 @@ def test_collect_works_from_metrics_alone(tmp_path):
     finish(tmp_path, 'demo', 'linear', 'joint', provenance=False)
     frame = collect(tmp_path, 'demo')
     assert len(frame) == 1 and frame.commit.isna().all() and 'seed 0' in provenance_text(frame)
+
+
+def test_a_stage_that_variants_share_is_counted_once(tmp_path):
+    for variant, stages in {'': ('joint', 'group_joint'), 'no_entropy': ('joint', 'group_joint')}.items():
+        for stage in stages: finish(tmp_path, 'demo', 'scaleprotoseg', stage, variant=variant)
+    finish(tmp_path, 'demo', 'scaleprotoseg', 'joint', seed=1)
+    finish(tmp_path, 'demo', 'linear', 'joint', provenance=False)
+    finish(tmp_path, 'demo', 'deeplabv2', 'joint', provenance=False)
+    frame = collect(tmp_path, 'demo')
+    assert len(frame) == 7 and '2 min 0 s of computing' in provenance_text(frame)       # 4 trainings, 2 of unknown duration
+    assert len(distinct(frame)) == 6
+    page = build_report('demo', tmp_path / 'figures', tmp_path, PUBLISHED).read_text()
+    assert '6 finished, 2 min 0 s in total' in page
 
 
 def test_collect_leaves_out_what_another_recipe_made(runs):
