@@ -90,9 +90,16 @@ def test_ablations_change_what_they_say_and_nothing_else():
         a, b = asdict(replace(r, experiment='', variant='')), asdict(replace(main, experiment='', variant=''))
         assert a != b, r.name
         of_model = r.variant in ('k1', 'k4', 'k5', 'k20', 'k50', 'd128', 'd256', 'one_scale', 'coco')
-        two = {'sgd_coco': {'model', 'stages'}, 'plus': {'stages'} if r.data.dataset == 'em' else {'stages', 'data'}}
-        expected = {'model'} if of_model else {'data'} if r.variant == 'push_train_aug' else two.get(r.variant, {'stages'})
+        expected = {'model'} if of_model else {'data'} if r.variant == 'push_train_aug' else {'model', 'stages'} if r.variant == 'sgd_coco' else {'stages'}
         assert {k for k in a if a[k] != b[k]} == expected, r.name
+
+
+def test_balance_after_projection_leaves_what_comes_before_alone():
+    main, r = find_recipe('camvid-quick', 'scaleprotoseg'), find_recipe('camvid-quick-ablations', 'scaleprotoseg', 'balanced_last')
+    assert {s.name: s.train.balance for s in r.stages if s.train} == dict(warmup=0., joint=0., finetune=.5, group_warmup=.5, group_joint=.5)
+    assert r.digest('project') == main.digest('project') and r.digest('finetune') != main.digest('finetune')
+    assert 'CE balanced by 0.5' in r.table() and r.values()['finetune', 'balance'] == .5
+    with pytest.raises(ValueError, match='balance=2'): Train(1, {}, balance=2.)
 
 
 def test_recipes_cannot_be_added_twice():
