@@ -717,7 +717,8 @@ def speaks() -> bool:
 
 def _leave(launcher):
     "No process outlives the one that started it, whatever that died of."
-    for process in launcher.procs: process.terminate()
+    started, launcher.procs[:] = launcher.procs[:], []      # emptied first: Lightning kills a process whose child it sees terminated
+    for process in started: process.terminate()
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 def check_division(recipe: Recipe, stages: Iterable[Stage], device: str, devices: int):

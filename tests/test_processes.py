@@ -3,11 +3,14 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
 from scaleprotoseg.data import open_dataset
 from scaleprotoseg.model import read_tensors
@@ -15,7 +18,7 @@ from scaleprotoseg.pruning import NearestPatches
 from scaleprotoseg.projection import Projection
 from scaleprotoseg.prototypes import Prototypes
 from scaleprotoseg.recipes import find_recipe
-from scaleprotoseg.training import Share, check_division, processes, run_method
+from scaleprotoseg.training import Share, _leave, check_division, processes, run_method
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 FOLDER = 'smoke/protoseg/seed0'
@@ -140,6 +143,18 @@ def test_stopped_and_run_again_is_the_same_run(fault, pretrained, two, tmp_path)
     for stage in ('warmup', 'joint'):
         assert log(out / FOLDER / stage) == log(two / stage) and equal(out / FOLDER / stage, two / stage)
     assert json.loads((out / FOLDER / 'joint/provenance.json').read_text())['sessions'] == 2
+
+
+def test_a_run_that_ends_is_not_killed_for_a_process_that_is_slower_to_leave():
+    asleep = [sys.executable, '-c', 'import time; time.sleep(60)']
+    with subprocess.Popen(asleep) as this, subprocess.Popen(asleep) as slower:
+        launcher = SimpleNamespace(procs=[slower])
+        observer = _ChildProcessObserver(this.pid, launcher.procs)     # what Lightning has beside a run
+        _leave(launcher)
+        assert slower.wait(10) == -signal.SIGTERM
+        assert observer._run()
+        this.terminate()
+        assert this.wait(10) == -signal.SIGTERM       # and not what Lightning sends
 
 
 def test_what_cannot_be_divided_is_said_before_anything_runs(tmp_path):
