@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['EM_SEED', 'DATA_NAMES', 'PARTS', 'PAPER_NOTEBOOKS', 'SHOWN_EXPERIMENTS', 'known_recipes', 'main_experiment',
-           'is_ablation', 'dataset_key', 'PaperNotebook', 'paper_notebooks', 'main_table', 'published_contents',
-           'status', 'contents_table', 'joined', 'contents_markdown']
+__all__ = ['EM_SEED', 'DATA_NAMES', 'PARTS', 'HELD_OUT', 'PAPER_NOTEBOOKS', 'SHOWN_EXPERIMENTS', 'known_recipes',
+           'main_experiment', 'is_ablation', 'dataset_key', 'PaperNotebook', 'paper_notebooks', 'main_table',
+           'published_contents', 'status', 'contents_table', 'joined', 'contents_markdown']
 
 # %% ../nbs/15_contents.ipynb #cell-04
 def known_recipes(experiment: str) -> list[Recipe]:
@@ -82,6 +82,9 @@ DATA_NAMES = {'em': 'EM', 'em, other split': 'EM', 'em, another draw': 'EM', 'co
 PARTS = {   # datasets whose parts are labelled, and how to open the validation images that show them
     'partscapes': {}, 'pascal': {'split': 'val_parts', 'parts': True}, 'cityscapes': {'parts': True}}
 
+HELD_OUT = {   # datasets that have labelled images beside those that recipes and stages are chosen on, and how to open them
+    'partscapes': {'split': 'test'}, 'camvid': {'split': 'test'}}
+
 def _elsewhere(method: str, experiment: str, data: set[str]) -> str:
     "Another experiment on the same data that has a method or variant, the ablations of this one first."
     found = [e for e in experiments() if method in {r.name.split('/')[1] for r in recipes_of(e)}
@@ -116,6 +119,7 @@ PAPER_NOTEBOOKS = (
     PaperNotebook(_S, 'failure_cases', 'Figure 27-35', 'scaleprotoseg'),
     PaperNotebook(_S, 'claims', '', 'scaleprotoseg-no_entropy or scaleprotoseg-one_scale or prototype_view-k1'),
     PaperNotebook('families', 'overview', ''),
+    PaperNotebook('families', 'held_out', '', 'protoseg or scaleprotoseg-plus', only=tuple(HELD_OUT)),
     PaperNotebook(_P, 'table_01', 'Table 1', 'protoseg-k4'),
     PaperNotebook(_P, 'figure_01', 'Figure 1-2', 'protoseg'),
     PaperNotebook(_P, 'figure_03', 'Figure 3', 'protoseg'),

@@ -5,21 +5,25 @@
 # %% ../nbs/15_measures.ipynb #cell-03
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .contents import PARTS, known_recipes
-from .evaluation import Evaluation
+from .contents import HELD_OUT, PARTS, known_recipes
+from .evaluation import Evaluation, evaluate
 from .health import score_health, summary
 from .interpretability import PartScores, PartTest, score_parts, sparsity, used_prototypes
 from .metrics import average_weight, extra_parameters
-from .model import Model
+from .model import Model, write_json
 from .recipes import Recipe
-from .report import (Case, Run, compare, compared, find_published, finished_seeds, open_run, published_references, summarise)
+from .report import (Case, Claim, Run, claims, claims_runs, compare, compared, find_published, finished_seeds, finished_stage, open_run,
+                                  published_references, summarise)
+from .runs import device_name
 from .scales import spread
+from .training import results
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +31,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['METRICS', 'CONTROLS', 'FACTS', 'HEALTH_FACTS', 'Metric', 'prototype_cases', 'family_recipes', 'family_cases',
            'last_layer_facts', 'finished_runs', 'measure_runs', 'measured_table', 'printed', 'part_scores',
-           'prototype_facts', 'health_of_runs', 'family_table']
+           'prototype_facts', 'health_of_runs', 'family_table', 'held_out_claims', 'held_out_scores', 'held_out',
+           'held_out_table']
 
 # %% ../nbs/15_measures.ipynb #cell-05
 @dataclass(frozen=True)
@@ -181,3 +186,52 @@ def family_table(frame: pd.DataFrame,          # of `collect`
         rows.append({'method': c.recipe.method, 'variant': c.recipe.variant, 'stage': c.stage, **found, **{m: None if v != v else v for m, v in means.items()},
                      'per_second': speed.get(c.recipe.name), 'memory_mb': None if memory != memory else int(memory)})
     return pd.DataFrame(rows, dtype=object)
+
+# %% ../nbs/15_measures.ipynb #cell-held-1
+def held_out_claims(experiment: str) -> list[Claim]:
+    "The claims to be measured on images that nothing was chosen on: between methods and their stages, and those of `plus`."
+    return [c for c in claims(experiment) if c.this.recipe.variant in ('', 'plus')]
+
+def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, data_root: str | Path = '', device: str = 'auto') -> dict:
+    """The scores of `metrics.json` on `HELD_OUT` images, and how many these are; measured once, then kept in the folder of the stage.
+
+    FileNotFoundError if the stage is not finished, or without the images."""
+    folder = finished_stage(runs, recipe, seed, stage)
+    if folder is None or not (folder / 'held_out.json').is_file():
+        run = open_run(runs, recipe.experiment, recipe.method, recipe.variant, seed, stage, device)
+        data, place = run.split('val', data_root, **HELD_OUT[recipe.data.dataset]), next(run.model.parameters()).device
+        counts = evaluate(run.model, data, place, recipe.data.evaluation, f'{recipe.name} seed {seed} {stage} held out')
+        write_json(run.folder / 'held_out.json', {'images': len(data), **HELD_OUT[recipe.data.dataset], 'device': device_name(place),
+                                                  **results(run.model, counts, data.labels)})
+        folder = run.folder
+    return json.loads((folder / 'held_out.json').read_text())
+
+def held_out(runs: str | Path,
+             frame: pd.DataFrame,  # of `collect(…, with_main=True)`
+             asked: Sequence[Claim], data_root: str | Path = '', device: str = 'auto') -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of `frame` behind some claims, with `miou` and `accuracy` in percent on `HELD_OUT` images and what they were as `val_miou`; and the IoU
+    in percent of every class there (a row each: method, variant, stage, seed, class, iou)."""
+    import pandas as pd
+    found, classes = claims_runs(frame, asked), []
+    recipes = {(r.method, r.variant): r for c in asked for r in known_recipes(c.this.recipe.experiment) + known_recipes(c.against.recipe.experiment)}
+    scores = [held_out_scores(runs, recipes[r.method, r.variant], r.seed, r.stage, data_root, device) for r in found.itertuples()]
+    for r, s in zip(found.itertuples(), scores):
+        classes += [{'method': r.method, 'variant': r.variant, 'stage': r.stage, 'seed': r.seed, 'class': c, 'iou': None if x is None else 100 * x}
+                    for c, x in s['iou'].items()]
+    found = found.assign(val_miou=found.miou, **{k: [100 * s[k] for s in scores] for k in ('miou', 'accuracy')},
+                         data=[f'{recipes[r.method, r.variant].data.dataset}, {s["images"]} {s["split"]} images' for r, s in zip(found.itertuples(), scores)])
+    return found, pd.DataFrame(classes, columns=['method', 'variant', 'stage', 'seed', 'class', 'iou'])
+
+def held_out_table(found: pd.DataFrame, asked: Iterable[Claim]) -> pd.DataFrame:
+    "One row per model of the claims: mIoU in percent on the images of `held_out` and on those of validation, means over seeds, and their deviations."
+    import pandas as pd
+    rows = []
+    for c in {(x.recipe.name, x.stage): x for claim in asked for x in (claim.this, claim.against)}.values():
+        of_case = found[(found.method == c.recipe.method) & (found.variant == c.recipe.variant) & (found.stage == c.stage)]
+        mean = lambda x: statistics.fmean(x) if len(x) else None
+        std = lambda x: statistics.stdev(x) if len(x) > 1 else None
+        rows.append({'method': c.recipe.method, 'variant': c.recipe.variant, 'stage': c.stage, 'runs': len(of_case),
+                     'miou': mean(of_case.miou), 'std': std(of_case.miou), 'accuracy': mean(of_case.accuracy),
+                     'val_miou': mean(of_case.val_miou), 'val_std': std(of_case.val_miou)})
+    return pd.DataFrame(rows, dtype=object)
+

@@ -386,13 +386,14 @@ def claims(experiment: str) -> list[Claim]:
     return found
 
 def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
-                 experiment: str) -> pd.DataFrame:
+                 asked: Iterable[Claim]) -> pd.DataFrame:
     """mIoU and used prototypes of both models of every claim, means over pairs; and mean and deviation of the pairs' difference.
 
     A pair is a seed, on one division of the images into training and validation, that both models have."""
     import pandas as pd
-    mean, draws, rows = lambda x: statistics.fmean(x) if x else None, _draws(experiment), []
-    for c in claims(experiment):
+    mean, rows = lambda x: statistics.fmean(x) if x else None, []
+    for c in asked:
+        draws = _draws(c.this.recipe.experiment)
         this, against = ({(r.variant if r.variant in draws else '', r.seed): r for r in _at(frame, x).itertuples()}
                          for x in (c.this, c.against))
         pairs = [(this[k], against[k]) for k in this.keys() & against.keys()]
@@ -405,10 +406,10 @@ def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                      'prototypes': counted[0], 'against_prototypes': counted[1]})
     return pd.DataFrame(rows, dtype=object)
 
-def claims_runs(frame: pd.DataFrame, experiment: str) -> pd.DataFrame:
+def claims_runs(frame: pd.DataFrame, asked: Iterable[Claim]) -> pd.DataFrame:
     "The rows of `collect` behind `claims_table`."
     import pandas as pd
-    return pd.concat([_at(frame, x) for c in claims(experiment) for x in (c.this, c.against)]).drop_duplicates(['method', 'variant', 'stage', 'seed'])
+    return pd.concat([_at(frame, x) for c in asked for x in (c.this, c.against)]).drop_duplicates(['method', 'variant', 'stage', 'seed'])
 
 def _at(frame, case):
     "The runs of a case; those of a main recipe on other divisions of the images are among them."
@@ -826,7 +827,9 @@ def _records(runs: str | Path, frame: pd.DataFrame, experiment: str) -> dict[str
         recipe = find_recipe(experiment, r.method, r.variant)
         folder = run_folder(runs, recipe, r.seed, r.stage)
         metrics = {k: v for k, v in read_metrics(folder).items() if k in ('miou', 'accuracy', 'iou', 'prototypes', 'steps')}
-        found[f'{recipe.name.split("/")[1]}/seed{r.seed}/{r.stage}'] = {**_read_json(folder / 'provenance.json'), 'metrics': metrics}
+        others = {k: v for k, v in _read_json(folder / 'held_out.json').items() if k not in ('confusion', 'prototypes')}
+        found[f'{recipe.name.split("/")[1]}/seed{r.seed}/{r.stage}'] = {**_read_json(folder / 'provenance.json'), 'metrics': metrics,
+                                                                      **({'held_out': others} if others else {})}
     return found
 
 def _terms(experiment: str) -> dict[str, str]:
