@@ -3,8 +3,8 @@
 from shlex import quote
 
 from scaleprotoseg.contents import paper_notebooks
+from scaleprotoseg.notebooks import notebook_parameters
 from scaleprotoseg.recipes import find_recipe, recipes_of
-from scaleprotoseg.report import notebook_parameters
 
 EXPERIMENT = config.get("experiment", "demo")
 DATA_ROOT = config.get("data_root", "")

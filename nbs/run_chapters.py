@@ -6,7 +6,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbdev.clean import nbdev_clean
 
-from scaleprotoseg.report import without_machine_paths
+from scaleprotoseg.notebooks import without_machine_paths
 
 HERE = Path(__file__).resolve().parent
 

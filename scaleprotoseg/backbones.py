@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .data import lookup
+from .basics import lookup
 from .transforms import IMAGENET_MEAN
 from scaleprotoseg.trunks import (
     UNet,

@@ -26,7 +26,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
-from .data import _EM_TREE, _FOLDER_TREE, lookup, open_dataset
+from .basics import lookup
+from .data import _EM_TREE, _FOLDER_TREE, open_dataset
 from .datasets import ADE20K, ADE20KFull, CamVid, Cityscapes, COCOStuff, Pascal
 from .partscapes import SPLITS
 

@@ -21,6 +21,7 @@ from typing import Annotated
 import typer
 
 from . import recipes
+from .basics import Interrupted, lookup
 
 # %% ../nbs/16_cli.ipynb #cell-05
 app = typer.Typer(name='scaleprotoseg', help='Interpretable semantic segmentation with prototypes.', no_args_is_help=True,
@@ -35,9 +36,10 @@ Precision = Annotated[str, typer.Option(help='32-true, bf16-mixed, or 64-true (s
 # %% ../nbs/16_cli.ipynb #cell-06
 def main():
     "Entry point: turns the package's own errors into one line and an exit code."
-    from scaleprotoseg.training import Interrupted, speaks
     try: app()
-    except Interrupted as e: _end(e, 3) if speaks() else sys.exit()      # of several processes one says how it ended
+    except Interrupted as e:
+        from scaleprotoseg.training import speaks      # slow to import
+        _end(e, 3) if speaks() else sys.exit()         # of several processes one says how it ended
     except KeyboardInterrupt: _end('asked twice; what was saved last is continued by the same command', 3)
     except ModuleNotFoundError as e: _end(f'{e.name} is not installed; it comes with `pip install "scaleprotoseg[repro]"`', 2)
     except (KeyError, ValueError, OSError, ImportError) as e: _end(e, 2)
@@ -61,7 +63,7 @@ def list_(experiment: Annotated[str, typer.Argument(help='Show the recipes of on
         for name in recipes.experiments(): print(f'{name}: {", ".join(r.name.split("/")[1] for r in recipes.recipes_of(name))}')
         return
     known = {e: recipes.recipes_of(e) for e in recipes.experiments()}
-    for r in recipes.lookup(known, experiment, 'experiment'): print(f'## {r.name}\n\n{r.table()}\n')
+    for r in lookup(known, experiment, 'experiment'): print(f'## {r.name}\n\n{r.table()}\n')
 
 # %% ../nbs/16_cli.ipynb #cell-10
 @app.command()
@@ -74,7 +76,8 @@ def run(experiment: str, method: str,
         marker: Annotated[Path | None, typer.Option(help='File to write when all is finished.')] = None):
     "Train a method: run its stages, or continue where it was stopped."
     from scaleprotoseg.runs import read_metrics
-    from scaleprotoseg.training import run_method, run_stage, speaks, write_json
+    from scaleprotoseg.basics import write_json
+    from scaleprotoseg.training import run_method, run_stage, speaks
     options = dict(variant=variant, seed=seed, out=out, data_root=data_root, device=device, devices=devices, precision=precision, max_minutes=max_minutes)
     folders = [run_stage(experiment, method, stage, **options)] if stage else run_method(experiment, method, **options)
     scores = {f.name: read_metrics(f)['miou'] for f in folders}
@@ -102,7 +105,7 @@ def check(experiment: str, data_root: DataRoot = None):
     from scaleprotoseg.data import check_dataset, open_dataset
     from scaleprotoseg import training  # noqa: F401, makes the datasets known
     known = {e: recipes.recipes_of(e) for e in recipes.experiments()}
-    splits = {json.dumps(dict(o)): (r.data.dataset, dict(o)) for r in recipes.lookup(known, experiment, 'experiment') for o in r.data.splits.values()}
+    splits = {json.dumps(dict(o)): (r.data.dataset, dict(o)) for r in lookup(known, experiment, 'experiment') for o in r.data.splits.values()}
     for name, options in splits.values():
         facts = check_dataset(open_dataset(name, root=data_root, **options))
         print(f'{name} {options}: {facts["images"]} images, contents {facts["contents"][:16]}')
@@ -126,7 +129,7 @@ def explain(run: Annotated[Path, typer.Argument(help='Folder of a finished stage
             output: Annotated[Path, typer.Option(help='Picture (PNG) of the explanation; the data go beside it as JSON.')] = Path('explanation.png'),
             device: Device = 'cpu'):
     "Say which groups, prototypes and training patches decided the class of a pixel."
-    from scaleprotoseg.model import write_json
+    from scaleprotoseg.basics import write_json
     from scaleprotoseg.predict import load
     why = load(run, device=device).explain(image, at=at)
     why.plot().savefig(output, bbox_inches='tight', dpi=150)
@@ -166,7 +169,8 @@ def evaluate(run: Annotated[Path, typer.Argument(help='Folder of a finished stag
              output: Annotated[Path | None, typer.Option(help='JSON of the results.')] = None):
     "mIoU and IoU of every class on a split, under the protocol of the recipe or with a sliding window."
     from scaleprotoseg.evaluation import evaluate as count
-    from scaleprotoseg.training import results, write_json
+    from scaleprotoseg.basics import write_json
+    from scaleprotoseg.training import results
     predictor, how, data, _ = _trained(run, split, dataset, data_root, device, window, best)
     found = results(predictor.model, count(predictor.model, data, predictor.device, how, f'{split} split'), data.labels)
     for name, iou in found['iou'].items(): print(f'{name}: {"does not occur" if iou is None else f"{iou:.4f}"}')
@@ -228,7 +232,7 @@ def data_(download: Annotated[str, typer.Option(help='Fetch this dataset, if its
 def notebook(source: Path, target: Path,
              parameter: Annotated[list[str], typer.Option('-p', help='name=value, value as JSON or plain text.')] = []):  # noqa: B006
     "Run a parameterised notebook; unknown parameters and wrong types are errors."
-    from scaleprotoseg.report import run_notebook
+    from scaleprotoseg.notebooks import run_notebook
     try: run_notebook(source, target, dict(_parameter(p) for p in parameter))
     except TypeError as e: raise ValueError(str(e)) from e      # a parameter of a wrong type
 
@@ -267,7 +271,7 @@ def reproduce(experiment: str = 'demo', cores: int = 0, data_root: DataRoot = No
     from scaleprotoseg.runs import locked
     if not find_spec('snakemake'): raise ModuleNotFoundError(name='snakemake')
     if not Path('Snakefile').is_file(): raise FileNotFoundError('no Snakefile here; run this in a checkout of scaleprotoseg')
-    recipes.lookup({e: e for e in recipes.experiments()}, experiment, 'experiment')
+    lookup({e: e for e in recipes.experiments()}, experiment, 'experiment')
     config = [f'experiment={experiment}', f'device={device}', f'precision={precision}', f'data_root={data_root or ""}']
     base = [sys.executable, '-m', 'snakemake', '--cores', str(cores or 'all'), '--config', *config]
     go = ['--rerun-incomplete', '--rerun-triggers', 'mtime', '--nolock', '--printshellcmds', target]

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .data import lookup
+from .basics import from_root, lookup
 from .recipes import Recipe, experiments, recipes_of
-from .runs import from_root
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,7 +5,6 @@
 # %% ../nbs/00_data.ipynb #cell-03
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import operator
@@ -18,17 +17,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .basics import lookup
+
 # %% auto #0
-__all__ = ['DATASETS', 'palette', 'Labels', 'in_unit', 'Sample', 'Dataset', 'read_ahead', 'UnknownName', 'lookup',
-           'register_dataset', 'open_dataset', 'rng', 'image_to_tensor', 'read_pixels', 'read_image', 'read_label',
-           'read_pair', 'Folder', 'em_validation', 'EM', 'fingerprint', 'check_dataset']
+__all__ = ['DATASETS', 'palette', 'Labels', 'in_unit', 'Sample', 'Dataset', 'read_ahead', 'register_dataset', 'open_dataset',
+           'rng', 'image_to_tensor', 'read_pixels', 'read_image', 'read_label', 'read_pair', 'Folder', 'em_validation',
+           'EM', 'fingerprint', 'check_dataset']
 
 # %% ../nbs/00_data.ipynb #cell-05
 _OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
@@ -134,22 +135,6 @@ def read_ahead(ds: Dataset, threads: int = min(8, os.cpu_count() or 1)) -> Itera
             ahead.extend(pool.submit(read, i) for i in islice(order, 1))
             yield sample
     finally: pool.shutdown(cancel_futures=True)
-
-# %% ../nbs/00_data.ipynb #cell-15
-_T = TypeVar('_T')
-
-class UnknownName(KeyError):
-    "A `KeyError` that prints as a sentence."
-    def __str__(self): return str(self.args[0]) if self.args else ''
-
-def lookup(registry: Mapping[str, _T], name: str,
-           kind: str  # what the registry holds, in the singular: 'dataset'
-          ) -> _T:
-    "`registry[name]`, or an `UnknownName` with the nearest known name and all known names."
-    if name in registry: return registry[name]
-    near = difflib.get_close_matches(str(name), registry, n=1)
-    hint = f'; did you mean {near[0]!r}?' if near else '.'
-    raise UnknownName(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(registry)) or 'none'}")
 
 # %% ../nbs/00_data.ipynb #cell-16
 DATASETS: dict[str, Callable[..., Dataset]] = {}

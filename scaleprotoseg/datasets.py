@@ -23,7 +23,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 from tqdm.auto import tqdm
 
-from .data import Labels, Sample, _decode, _span, lookup, palette, read_pair, read_pixels, register_dataset
+from .basics import lookup
+from .data import Labels, Sample, _decode, _span, palette, read_pair, read_pixels, register_dataset
 
 # %% ../nbs/01_datasets.ipynb #cell-05
 def _home(what: str, root: str | Path | None,

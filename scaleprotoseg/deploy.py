@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .basics import replace_file
 from .explain import evidence_kind, evidence_maps, evidence_names, evidence_weights
-from .model import Model, replace_file
+from .model import Model
 from .predict import Predictor
 
 # %% ../nbs/15_deploy.ipynb #cell-05

@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from . import datasets, partscapes  # noqa: F401, make their datasets known
-from .data import Dataset, Labels, lookup, open_dataset
+from .basics import lookup
+from .data import Dataset, Labels, open_dataset
 from .explain import (as_picture, evidence_kind, evidence_names, overlay, plot_segmentation, read_atlas,
                                    scale_names, value_range)
 from .model import Model, Output, read_config

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from .data import Dataset, Labels
-from .evaluation import Evaluation, stream
+from .evaluation import stream
 from .explain import (Atlas, Panel, as_picture, evidence_kind, evidence_names, outlined, plot_panels, scale_names)
 from .failures import Blame, Case, blame, cell_weights, describe, enlarged_prediction, evidence_parts
 from .metrics import class_iou, confusion
 from .model import Model
+from .protocols import Evaluation
 from .scales import outline
 
 if TYPE_CHECKING:

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Dataset, Labels
-from .evaluation import Evaluation, stream
+from .evaluation import stream
 from .heads import GroupHead
 from .metrics import class_iou, confusion
 from .model import Model, Output
 from .projection import Source
+from .protocols import Evaluation
 
 # %% ../nbs/11_failures.ipynb #cell-05
 @dataclass

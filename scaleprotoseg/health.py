@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .clustering import mean_cosine
 from .data import Dataset
-from .evaluation import Evaluation, stream
+from .evaluation import stream
 from .interpretability import used_prototypes
 from .losses import own_class
 from .model import Model
+from .protocols import Evaluation
 from .transforms import reduce_labels
 
 # %% ../nbs/09_health.ipynb #cell-05

@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from . import datasets as _datasets  # noqa: F401, makes the datasets known
-from .data import DATASETS, Labels, lookup, palette
-from .model import Model, build_model, load_weights, save_model, write_json
+from .basics import lookup, write_json
+from .data import DATASETS, Labels, palette
+from .model import Model, build_model, load_weights, save_model
 from .projection import save_sheet
 from .training import prototype_counts
 from .trunks import from_caffe_names

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Dataset, rng
-from .evaluation import Evaluation, stream
+from .evaluation import stream
 from .heads import GroupHead
 from .model import Model
+from .protocols import Evaluation
 
 # %% ../nbs/09_interpretability.ipynb #cell-05
 def key_points(label: Tensor,             # (H, W) int64, void -1

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .basics import write_json
 from .contents import HELD_OUT, PARTS, known_recipes
-from .evaluation import Evaluation, evaluate
+from .evaluation import evaluate
 from .health import score_health, summary
 from .interpretability import PartScores, PartTest, score_parts, sparsity, used_prototypes
 from .metrics import average_weight, extra_parameters
-from .model import Model, write_json
+from .model import Model
+from .protocols import Evaluation
 from .recipes import Recipe
 from .report import (Case, Claim, Run, claims, claims_runs, compare, compared, find_published, finished_seeds, finished_stage, open_run,
                                   published_references, summarise)

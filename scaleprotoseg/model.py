@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -19,15 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbones import build_backbone, freeze_batch_norm_
-from .data import lookup
+from .basics import lookup, replace_file, write_json
 from .heads import (DirectHead, GroupHead, LinearHead, NearestHead, PixelHead, group_activations, group_logits,
                                  linear_logits)
 from .prototypes import SIMILARITIES, Prototypes, full_precision
 
 # %% auto #0
 __all__ = ['CACHED', 'HELD', 'ACTIVATIONS', 'OUTPUTS', 'HEADS', 'Output', 'Model', 'Packed', 'pick_device', 'build_model',
-           'replace_file', 'write_json', 'save_weights', 'read_tensors', 'load_weights', 'save_model', 'read_config',
-           'load_model']
+           'save_weights', 'read_tensors', 'load_weights', 'save_model', 'read_config', 'load_model']
 
 # %% ../nbs/06_model.ipynb #cell-05
 @dataclass
@@ -212,23 +210,6 @@ def build_model(config: dict,  # keys: backbone (dict), head (name), activation,
     has_prototypes = c['head'] in ('linear', 'groups', 'nearest')
     prototypes = prototypes_of(scales, c['classes'], c['per_class'], channels) if has_prototypes else None
     return Model(backbone, prototypes, build_head(c), c['activation'])
-
-# %% ../nbs/06_model.ipynb #cell-19
-def replace_file(path: Path,  # final name
-                 write,       # function of the temporary path that writes the file
-                ):
-    "Write `path` atomically: a temporary file in the same folder, flushed to disk, then renamed."
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        try: write(temporary)
-        except SafetensorError as e: raise OSError(f'cannot write {path}: {e}') from e
-        with open(temporary, 'rb') as f: os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
-def write_json(path: Path, data):
-    "Write JSON atomically, readable by people."
-    replace_file(path, lambda p: p.write_text(json.dumps(data, indent=1) + '\n'))
 
 # %% ../nbs/06_model.ipynb #cell-20
 def save_weights(model: Model, folder: Path, backbone: bool = True, prefix: str = ''):

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from .data import Dataset, Labels, palette, rng
-from .evaluation import Evaluation, stream
+from .evaluation import stream
 from .explain import Atlas, Group, as_picture, outlined, overlay
 from .heads import GroupHead
 from .losses import own_class
 from .model import Model, Output
 from .projection import activation_box, cell_box, square, tile
+from .protocols import Evaluation
 from .pruning import NearestPatches
 from .transforms import reduce_labels
 

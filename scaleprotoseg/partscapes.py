@@ -15,7 +15,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from .data import Labels, Sample, lookup, register_dataset, rng
+from .basics import lookup
+from .data import Labels, Sample, register_dataset, rng
 
 # %% ../nbs/01_partscapes.ipynb #cell-06
 LABELS = Labels(

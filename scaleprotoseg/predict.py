@@ -17,11 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from .data import Labels, image_to_tensor, read_image
-from .evaluation import Evaluation, segment
+from .evaluation import segment
 from .explain import (Atlas, as_picture, evidence_kind, evidence_maps, evidence_names,
                                    evidence_weights, overlay, read_atlas, scale_names, weighed_maps)
 from .model import Model, Output, load_model, pick_device, read_config
 from .projection import Source
+from .protocols import Evaluation
 from .recipes import RECIPES
 from .runs import is_finished
 

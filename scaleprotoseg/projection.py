@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .basics import replace_file
 from .data import Sample
 from .losses import own_class
-from .model import replace_file
 from .prototypes import Prototypes
 
 # %% ../nbs/08_projection.ipynb #cell-04

@@ -19,9 +19,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 
-from .data import lookup
-from .evaluation import Evaluation
-from .transforms import Augment, Warp
+from .basics import lookup
+from .protocols import Augment, Evaluation, Warp
 
 # %% ../nbs/10_recipes.ipynb #cell-04
 @dataclass(frozen=True)

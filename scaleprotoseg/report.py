@@ -8,12 +8,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import statistics
-import sys
 import tarfile
-import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,16 +19,18 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .basics import from_root, lookup, replace_file, write_json
 from .catalogue import CATALOGUE
 from .contents import (PAPER_NOTEBOOKS, contents_markdown, contents_table, dataset_key, is_ablation, joined,
                                     known_recipes, main_experiment, main_table, paper_notebooks)
-from .data import Dataset, Labels, Sample, lookup, open_dataset
+from .data import Dataset, Labels, Sample, open_dataset
 from .evaluation import segment
 from .explain import Atlas, read_atlas
 from .interpretability import used_prototypes
-from .model import Model, load_model, pick_device, read_config, replace_file, write_json
+from .model import Model, load_model, pick_device, read_config
+from .notebooks import NotebookFailed, _read_notebook, run_cells
 from .recipes import Recipe, experiments, find_recipe, recipes_of
-from .runs import from_root, is_finished, read_metrics, run_folder
+from .runs import is_finished, read_metrics, run_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,9 +44,8 @@ __all__ = ['COLUMNS', 'PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', '
            'steps_table', 'plain_table', 'Case', 'size_cases', 'diversity_cases', 'threshold_cases', 'weight_cases',
            'entropy_cases', 'ablation_table', 'Claim', 'claims', 'claims_table', 'claims_runs', 'shown', 'save_table',
            'save_figure', 'distinct', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run', 'open_run',
-           'provenance_of', 'busiest_classes', 'plot_comparison', 'notebook_parameters', 'check_parameters',
-           'NotebookFailed', 'run_notebook', 'run_cells', 'without_machine_paths', 'smaller_pictures', 'read_title',
-           'write_contents', 'build_report', 'save_results', 'pack_results']
+           'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title', 'write_contents', 'build_report',
+           'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-05
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
@@ -590,115 +588,6 @@ def plot_comparison(samples: list[Sample],
     fig.legend([Patch(facecolor=c, edgecolor='0.3') for c in rgb], [labels.names[c] for c in here], frameon=False,
                loc='outside lower center', ncols=min(10, len(here)), fontsize=9, handlelength=1)
     return fig
-
-# %% ../nbs/15_report.ipynb #cell-53
-_TYPES = {'str': str, 'int': int, 'float': (int, float), 'bool': bool, 'list': (list, tuple), 'dict': dict}
-
-def notebook_parameters(notebook: str | Path) -> dict[str, dict]:
-    "Name → type name, default and help of each parameter. ValueError without a cell tagged `parameters`."
-    import papermill
-    cells = _read_notebook(Path(notebook))['cells']
-    if not any('parameters' in c['metadata'].get('tags', ()) for c in cells):
-        raise ValueError(f'{notebook} has no cell tagged `parameters`; tag the cell with the defaults '
-                         '(in its metadata: "tags": ["parameters"])')
-    return {name: {'type': p['inferred_type_name'], 'default': p['default'], 'help': p['help']}
-            for name, p in papermill.inspect_notebook(str(notebook)).items()}
-
-def _read_notebook(path: Path) -> dict:
-    if not path.is_file(): raise FileNotFoundError(f'there is no notebook {path}')
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{path} is not a notebook: {e}') from e
-
-def check_parameters(notebook: str | Path, parameters: Mapping):
-    "Raise KeyError (with the nearest name) for an unknown parameter, TypeError for a value of another type."
-    known = notebook_parameters(notebook)
-    for name, value in parameters.items():
-        kind = lookup(known, name, f'parameter of {notebook}')['type']
-        right = _TYPES.get(kind.split('[')[0])
-        if right and (not isinstance(value, right) or isinstance(value, bool) and kind != 'bool'):
-            raise TypeError(f'parameter {name} of {notebook} is {kind}, got {value!r}')
-
-# %% ../nbs/15_report.ipynb #cell-56
-class NotebookFailed(ValueError):
-    "A cell of a notebook raised an error."
-
-def run_notebook(source: str | Path, target: str | Path, parameters: Mapping) -> Path:  # target
-    """Run a parameterised notebook in the current directory and write the executed one to `target`.
-
-    Raises what `check_parameters` raises, and `NotebookFailed` with the cell and its error; `target` stays as it was.
-    """
-    import nbformat
-    check_parameters(source, parameters)
-    target, notebook = Path(target), _execute(Path(source), dict(parameters))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    notebook.metadata['papermill'] |= {'input_path': str(source), 'output_path': str(target)}
-    private = [(v, f'…/{Path(v).name}') for v in parameters.values() if isinstance(v, str) and Path(v).is_absolute() and Path(v).name]   # e.g. data_root
-    clean = nbformat.from_dict(smaller_pictures(without_machine_paths(notebook, [*private, *_machine_roots()])))
-    replace_file(target, lambda p: p.write_text(nbformat.writes(clean) + '\n', encoding='utf-8'))
-    return target
-
-def _execute(source: Path, parameters: dict):
-    """The executed notebook.
-
-    Kernels that start at the same time may choose the same TCP port, and by default also the same socket file,
-    `kernel-ipc` in the current directory: so every kernel gets a folder of sockets of its own where the system has them."""
-    import papermill
-    from traitlets.config import Config
-    with tempfile.TemporaryDirectory(prefix='kernel-') as folder:
-        sockets = os.name == 'posix' and len(folder) < 90     # the path of a socket has at most 103 characters
-        config = Config({'KernelManager': {'transport': 'ipc', 'ip': f'{folder}/s'} if sockets else {}})
-        try:
-            return papermill.execute_notebook(str(source), None, parameters, kernel_name='python3', progress_bar=False,
-                                              start_timeout=300, config=config)
-        except papermill.PapermillExecutionError as e:
-            raise NotebookFailed(f'{source}, cell {e.exec_count}: {e.ename}: {e.evalue}') from e
-
-# %% ../nbs/15_report.ipynb #cell-here-1
-def run_cells(source: str | Path, parameters: Mapping):
-    """Run the code cells of a parameterised notebook in this process, in the current directory.
-
-    KeyError (with the nearest name) for an unknown parameter, `NotebookFailed` with the cell and its error."""
-    cells = [c for c in _read_notebook(Path(source))['cells'] if c['cell_type'] == 'code']
-    names = {'display': lambda *shown, **how: None, '__name__': '__main__'}         # a kernel has both
-    for number, cell in enumerate(cells, 1):
-        try: exec(compile(''.join(cell['source']), f'{source}, cell {number}', 'exec'), names)
-        except Exception as e: raise NotebookFailed(f'{source}, cell {number}: {type(e).__name__}: {e}') from e
-        if 'parameters' not in cell['metadata'].get('tags', ()): continue
-        for name in parameters: lookup(names, name, f'parameter of {source}')
-        names |= parameters
-
-# %% ../nbs/15_report.ipynb #cell-57
-def without_machine_paths(x, roots: Iterable[tuple[str, str]] | None = None):
-    "A nested structure of a notebook with the paths of this machine in its strings shortened; pictures are left alone."
-    roots = list(_machine_roots()) if roots is None else roots
-    if isinstance(x, Mapping):
-        return {k: v if str(k).startswith('image/') else without_machine_paths(v, roots) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [without_machine_paths(v, roots) for v in x]
-    if isinstance(x, str):
-        for root, short in roots: x = x.replace(root, short)
-    return x
-
-def smaller_pictures(x):
-    "A nested structure of a notebook with its pictures in 256 colours, about a third of the size; `save_figure` keeps all."
-    if isinstance(x, Mapping): return {k: _in_256_colours(v) if k == 'image/png' else smaller_pictures(v) for k, v in x.items()}
-    return [smaller_pictures(v) for v in x] if isinstance(x, list) else x
-
-def _in_256_colours(png: str) -> str:
-    from PIL import Image
-    packed = io.BytesIO()
-    with Image.open(io.BytesIO(base64.b64decode(png))) as im: im.convert('RGB').quantize(256).save(packed, 'png', optimize=True)
-    small = base64.b64encode(packed.getvalue()).decode()
-    return small if len(small) < len(png) else png
-
-def _machine_roots():
-    "What to replace by what, the longest first; a root as short as `/` is not replaced."
-    package = Path(__file__).parents[1] if '__file__' in globals() else Path.cwd()
-    elsewhere = (sys.prefix, sys.base_prefix, Path.home(), tempfile.gettempdir())
-    roots = {Path.cwd(): '', package: ''} | {Path(p): '…/' for p in elsewhere}
-    pairs = {f'{p}/': short for q, short in roots.items() for p in (q, q.resolve()) if len(p.parts) > 1}
-    for root in sorted(pairs, key=len, reverse=True):
-        yield root, pairs[root]
-        yield root[:-1], '.' if not pairs[root] else '…'
 
 # %% ../nbs/15_report.ipynb #cell-60
 _STYLE = '''

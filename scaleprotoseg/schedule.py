@@ -17,9 +17,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .data import lookup
+from .basics import Interrupted, lookup
 from .recipes import Recipe, experiments, recipes_of
-from .runs import Interrupted, run_folder
+from .runs import run_folder
 from .training import pick_device, stopping
 
 # %% ../nbs/12_schedule.ipynb #cell-05

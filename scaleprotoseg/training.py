@@ -35,21 +35,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import datasets, partscapes  # noqa: F401, make their datasets known
+from .basics import Interrupted, lookup, write_json
 from .clustering import assign, assigned_sums, follow_, most_alike
-from .data import Sample, check_dataset, fingerprint, lookup, open_dataset, read_ahead, rng
+from .data import Sample, check_dataset, fingerprint, open_dataset, read_ahead, rng
 from .evaluation import evaluate
 from .failures import check_veto, count_blame, drawn_at_random, most_blamed
 from .heads import GroupHead
 from .losses import (class_weights, compared, cross_entropy, diversity, group_entropy, legacy_labels, lovasz, off_class_l1,
                                   own_class, prototype_contrast, prototype_distance)
 from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
-from .model import (Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model,
-                                 save_weights, write_json)
+from .model import Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model, save_weights
 from .projection import Projection, save_sheet, touched, trace
 from .pruning import NearestPatches
 from .recipes import Data, Recipe, Stage, Train, find_recipe
-from .runs import (Interrupted, Log, check_space, device_name, is_finished, link, load_resume, locked, provenance,
-                                run_folder, save_resume)
+from .runs import Log, check_space, device_name, is_finished, link, load_resume, locked, provenance, run_folder, save_resume
 from .transforms import augment, reduce_labels
 
 # %% ../nbs/12_training.ipynb #cell-05

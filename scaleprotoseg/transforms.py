@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,60 +14,10 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
 from .data import Labels, Sample, in_unit
+from .protocols import Augment, Warp
 
 # %% auto #0
-__all__ = ['IMAGENET_MEAN', 'Draw', 'Warp', 'Augment', 'cell_centres', 'reduce_labels', 'augment']
-
-# %% ../nbs/02_transforms.ipynb #cell-05
-@dataclass(frozen=True)
-class Draw:
-    "What was random about one sample."
-    size:   tuple[int, int]   # height, width of the whole image after scaling
-    corner: tuple[int, int]   # top, left of the crop in the scaled image
-    flip:   bool              # left and right swapped, after the crop
-
-@dataclass(frozen=True)
-class Warp:
-    "Ranges of a random affine map and Gaussian blur of the crop; the defaults are ProtoSeg's for EM (spec 4.5b)."
-    degrees: float = 0.2                           # rotation, either way
-    translate: float = 0.05                        # share of the crop, either way
-    scale: tuple[float, float] = (0.95, 1.05)
-    shear: float = 0.05                            # degrees along x, either way
-    sigma: tuple[float, float] = (0.1, 2.0)        # of the 3x3 blur
-
-    def __call__(self, image: Tensor, label: Tensor, rng: np.random.Generator, fill: Sequence[float]) -> tuple[Tensor, Tensor]:
-        "The same map for image (bilinear, `fill` outside) and label (nearest, void outside); then blur."
-        h, w = label.shape
-        pick = lambda r: float(rng.uniform(-r, r))
-        angle, shift, zoom, shear = pick(self.degrees), [pick(self.translate) * w, pick(self.translate) * h], float(rng.uniform(*self.scale)), [pick(self.shear), 0.]
-        image = TF.affine(image, angle, shift, zoom, shear, interpolation=TF.InterpolationMode.BILINEAR, fill=list(fill))
-        # labels are moved by one, because what is outside is filled with 0
-        label = TF.affine(label[None].float() + 1, angle, shift, zoom, shear, interpolation=TF.InterpolationMode.NEAREST)[0].round().long() - 1
-        return TF.gaussian_blur(image, [3, 3], [float(rng.uniform(*self.sigma))]), label
-
-@dataclass(frozen=True)
-class Augment:
-    "The training pipeline's settings; the published values are the defaults (reference code, sample pipeline)."
-    crop:  tuple[int, int]                    # height, width of what comes out
-    scale: tuple[float, float] = (0.5, 1.5)   # range of the uniform scale factor
-    flip:  float = 0.5                        # probability of a horizontal flip
-    warp:  Warp | None = None                 # a small affine distortion of the crop, and blur
-    jitter: float = 0.                        # brightness, contrast and saturation are changed by factors in 1 ± jitter
-
-    def __post_init__(self):
-        if min(self.crop) < 1: raise ValueError(f'crop must be at least 1x1, got {self.crop}')
-        if not 0 < self.scale[0] <= self.scale[1]: raise ValueError(f'scale needs 0 < low <= high, got {self.scale}')
-        if not 0 <= self.flip <= 1: raise ValueError(f'flip is a probability, got {self.flip}')
-        if not 0 <= self.jitter <= 1: raise ValueError(f'jitter is a share of 1, got {self.jitter}')
-
-    def draw(self, size: tuple[int, int],  # H, W of the image
-             rng: np.random.Generator      # moved on by four draws, whatever they give
-            ) -> Draw:
-        "Draw scale, corner and flip for one image."
-        factor = rng.uniform(*self.scale)
-        h, w = (max(1, round(n * factor)) for n in size)
-        top, left = (int(rng.integers(max(n - c, 0) + 1)) for n, c in zip((h, w), self.crop))
-        return Draw((h, w), (top, left), bool(rng.random() < self.flip))
+__all__ = ['IMAGENET_MEAN', 'cell_centres', 'reduce_labels', 'warp', 'augment']
 
 # %% ../nbs/02_transforms.ipynb #cell-09
 def cell_centres(n: int, m: int,                    # pixels of the axis before and after
@@ -123,6 +72,20 @@ def _jittered(image: Tensor, jitter: float, rng: np.random.Generator) -> Tensor:
     for change in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation): image = change(image, rng.uniform(1 - jitter, 1 + jitter))
     return image
 
+def warp(image: Tensor,           # (3, h, w) float32
+         label: Tensor,           # (h, w) int64
+         how: Warp, rng: np.random.Generator,
+         fill: Sequence[float]    # colour of what comes from outside the image
+        ) -> tuple[Tensor, Tensor]:
+    "The same map for image (bilinear, `fill` outside) and label (nearest, void outside); then blur."
+    h, w = label.shape
+    pick = lambda r: float(rng.uniform(-r, r))
+    angle, shift, zoom, shear = pick(how.degrees), [pick(how.translate) * w, pick(how.translate) * h], float(rng.uniform(*how.scale)), [pick(how.shear), 0.]
+    image = TF.affine(image, angle, shift, zoom, shear, interpolation=TF.InterpolationMode.BILINEAR, fill=list(fill))
+    # labels are moved by one, because what is outside is filled with 0
+    label = TF.affine(label[None].float() + 1, angle, shift, zoom, shear, interpolation=TF.InterpolationMode.NEAREST)[0].round().long() - 1
+    return TF.gaussian_blur(image, [3, 3], [float(rng.uniform(*how.sigma))]), label
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
 def augment(sample: Sample, how: Augment,
@@ -144,4 +107,4 @@ def augment(sample: Sample, how: Augment,
     label = torch.from_numpy(sample.label.numpy().take((y[:, None] * W + x).numpy()))   # label[y[:, None], x] takes twice as long
     label = _padded(label, how.crop, torch.tensor([[Labels.ignore]]))
     if d.flip: image, label = image.flip(-1), label.flip(-1)
-    return how.warp(image, label, rng, fill) if how.warp else (image, label)
+    return warp(image, label, how.warp, rng, fill) if how.warp else (image, label)

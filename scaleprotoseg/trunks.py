@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .data import lookup
+from .basics import lookup
 
 # %% ../nbs/03_trunks.ipynb #cell-05
 def _restride_(layer: nn.Sequential, stride: int, dilation: int, stride_in_1x1: bool):

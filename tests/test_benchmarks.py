@@ -16,8 +16,9 @@ from scaleprotoseg.heads import GroupHead, LinearHead
 from scaleprotoseg.losses import diversity
 from scaleprotoseg.model import Model
 from scaleprotoseg.projection import nearest_own_cell
+from scaleprotoseg.protocols import Augment
 from scaleprotoseg.prototypes import Prototypes, squared_distances
-from scaleprotoseg.transforms import Augment, augment, reduce_labels
+from scaleprotoseg.transforms import augment, reduce_labels
 
 FOLDER = Path(__file__).parents[1] / 'benchmarks'
 B, S, C, K, D, G, h, w = 2, 3, 5, 4, 6, 2, 9, 11

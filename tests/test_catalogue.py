@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 
 import scaleprotoseg.catalogue as C
-from scaleprotoseg.data import DATASETS, UnknownName, rng
+from scaleprotoseg.basics import UnknownName
+from scaleprotoseg.data import DATASETS, rng
 
 BYTES = rng('archive').integers(0, 256, 3_000_000, 'uint8').tobytes()
 

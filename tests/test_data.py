@@ -12,23 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scaleprotoseg.data import (
-    Labels,
-    Sample,
-    UnknownName,
-    check_dataset,
-    fingerprint,
-    image_to_tensor,
-    lookup,
-    open_dataset,
-    palette,
-    read_ahead,
-    read_image,
-    read_label,
-    read_pair,
-    read_pixels,
-    rng,
-)
+from scaleprotoseg.basics import UnknownName, lookup
+from scaleprotoseg.data import (Labels, Sample, check_dataset, fingerprint, image_to_tensor, open_dataset, palette, read_ahead, read_image,
+                                read_label, read_pair, read_pixels, rng)
 
 
 def save(path, array, **options):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import scaleprotoseg.datasets as D
-from scaleprotoseg.data import DATASETS, UnknownName, check_dataset, open_dataset, rng
+from scaleprotoseg.basics import UnknownName
+from scaleprotoseg.data import DATASETS, check_dataset, open_dataset, rng
 
 PICTURE = rng('street').integers(0, 255, (6, 8, 3), np.uint8)
 

@@ -18,8 +18,9 @@ from torch import nn
 
 import scaleprotoseg.evaluation as E
 from scaleprotoseg.data import Labels, Sample, open_dataset, palette, read_ahead, read_label, rng
-from scaleprotoseg.evaluation import Evaluation, evaluate, export_predictions, file_values, segment, starts, windows
+from scaleprotoseg.evaluation import evaluate, export_predictions, file_values, segment, starts, windows
 from scaleprotoseg.metrics import class_iou, mean_iou, pixel_accuracy
+from scaleprotoseg.protocols import Evaluation
 
 CPU = torch.device('cpu')
 C = 5

@@ -15,7 +15,6 @@ from torch import nn
 
 from scaleprotoseg import failures
 from scaleprotoseg.data import Labels, Sample, palette, rng
-from scaleprotoseg.evaluation import Evaluation
 from scaleprotoseg.explain import Atlas, scale_names
 from scaleprotoseg.failure_plots import Layer, Scene, outline, plot_before_after, plot_case, plot_evidence, plot_members, scene
 from scaleprotoseg.failures import (Blame, BlameCount, Case, blame, cell_sums, cell_weights, check_veto, count_blame,
@@ -26,6 +25,7 @@ from scaleprotoseg.heads import GroupHead, LinearHead
 from scaleprotoseg.metrics import confusion
 from scaleprotoseg.model import Model
 from scaleprotoseg.projection import TILE, Source
+from scaleprotoseg.protocols import Evaluation
 from scaleprotoseg.prototypes import Prototypes
 
 matplotlib.use('Agg')

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from scaleprotoseg.evaluation import Evaluation
 from scaleprotoseg.heads import GroupHead, LinearHead, PixelHead
 from scaleprotoseg.interpretability import (LEGACY, PASCAL_LEGACY_CLASSES, GroupOverlap, PartScores, PartTest, add_noise,
                                             hit_chance, key_points, living_groups, part_hits, points_on, quantile_rank,
@@ -19,6 +18,7 @@ from scaleprotoseg.interpretability import (LEGACY, PASCAL_LEGACY_CLASSES, Group
                                             strongest_area, throughput, used_prototypes)
 from scaleprotoseg.model import Model
 from scaleprotoseg.partscapes import PartScapes
+from scaleprotoseg.protocols import Evaluation
 from scaleprotoseg.prototypes import Prototypes, log_similarity
 
 S, C, K, M = 4, 5, 3, 5

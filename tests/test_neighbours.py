@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from scaleprotoseg.data import Labels, Sample, palette
-from scaleprotoseg.evaluation import Evaluation, stream
+from scaleprotoseg.evaluation import stream
 from scaleprotoseg.explain import Group, group_members, scale_names
 from scaleprotoseg.heads import GroupHead, LinearHead
 from scaleprotoseg.model import Model, Output, build_model
@@ -35,6 +35,7 @@ from scaleprotoseg.neighbours import (
     top_cells,
 )
 from scaleprotoseg.projection import TILE, cell_box
+from scaleprotoseg.protocols import Evaluation
 from scaleprotoseg.prototypes import Prototypes
 from scaleprotoseg.transforms import reduce_labels
 

@@ -6,7 +6,7 @@ import torch
 
 from scaleprotoseg import backbones, data
 from scaleprotoseg.model import read_tensors
-from scaleprotoseg.report import run_notebook
+from scaleprotoseg.notebooks import run_notebook
 from scaleprotoseg.training import run_stage
 
 ROOT = Path(__file__).parents[1]

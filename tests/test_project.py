@@ -84,6 +84,15 @@ def test_import_is_quick_and_needs_only_the_core():
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
+def test_what_the_command_line_lists_needs_no_torch():
+    code = ("import sys; from scaleprotoseg import cli, contents, notebooks;"
+            "sys.argv = ['scaleprotoseg', 'list', 'demo'];"
+            "cli.app(standalone_mode=False);"
+            "assert not {'torch', 'torchvision', 'pandas', 'matplotlib', 'papermill'} & set(sys.modules), 'slow to start'")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 0 and 'demo/scaleprotoseg' in done.stdout, done.stderr
+
+
 def test_readme_is_rendered_from_the_index_notebook():
     anew = subprocess.run(['git', 'status', '--porcelain', 'figures'], cwd=ROOT, capture_output=True, text=True)
     if anew.stdout.strip(): pytest.skip('figures/ holds results made here, which README does not show before `make docs`')

@@ -13,39 +13,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from scaleprotoseg import report
-from scaleprotoseg.data import Labels, Sample
-from scaleprotoseg.recipes import experiments, find_recipe, recipes_of
 from scaleprotoseg.contents import PAPER_NOTEBOOKS, main_experiment, main_table, paper_notebooks
-from scaleprotoseg.report import (
-    STEPS,
-    NotebookFailed,
-    ablation_table,
-    accuracy_table,
-    build_report,
-    check_parameters,
-    collect,
-    compare,
-    compared,
-    distinct,
-    entropy_cases,
-    find_published,
-    notebook_parameters,
-    plot_comparison,
-    provenance_text,
-    published,
-    published_recipe,
-    published_recipes,
-    recipe_table,
-    run_cells,
-    run_notebook,
-    save_figure,
-    save_table,
-    size_cases,
-    steps_table,
-    threshold_cases,
-    used_runs,
-    without_machine_paths,
-)
+from scaleprotoseg.data import Labels, Sample
+from scaleprotoseg.notebooks import NotebookFailed, check_parameters, notebook_parameters, run_cells, run_notebook, without_machine_paths
+from scaleprotoseg.recipes import experiments, find_recipe, recipes_of
+from scaleprotoseg.report import (STEPS, ablation_table, accuracy_table, build_report, collect, compare, compared, distinct, entropy_cases,
+                                  find_published, plot_comparison, provenance_text, published, published_recipe, published_recipes,
+                                  recipe_table, save_figure, save_table, size_cases, steps_table, threshold_cases, used_runs)
 from scaleprotoseg.runs import run_folder
 
 ROOT = Path(__file__).parents[1]

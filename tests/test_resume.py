@@ -144,7 +144,8 @@ def test_a_second_writer_waits_and_finds_the_work_done(pretrained, tmp_path):
 
 
 def test_waiting_for_another_writer_ends_when_time_is_up(pretrained, tmp_path):
-    from scaleprotoseg.runs import Interrupted, locked
+    from scaleprotoseg.basics import Interrupted
+    from scaleprotoseg.runs import locked
     from scaleprotoseg.training import run_stage
     out = tmp_path / 'runs'
     shutil.copytree(pretrained, out)

@@ -9,7 +9,8 @@ from PIL import Image
 
 from scaleprotoseg import transforms
 from scaleprotoseg.data import Sample, in_unit, rng
-from scaleprotoseg.transforms import IMAGENET_MEAN, Augment, augment, reduce_labels
+from scaleprotoseg.protocols import Augment
+from scaleprotoseg.transforms import IMAGENET_MEAN, augment, reduce_labels
 
 sizes = st.integers(1, 40)
 

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 
 from scaleprotoseg.contents import PAPER_NOTEBOOKS
+from scaleprotoseg.notebooks import run_notebook
 from scaleprotoseg.recipes import find_recipe, recipes_of
-from scaleprotoseg.report import run_notebook
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, '-m', 'scaleprotoseg', 'reproduce', '--experiment', 'smoke', '--device', 'cpu']
