@@ -191,8 +191,8 @@ def family_table(frame: pd.DataFrame,          # of `collect`
 
 # %% ../nbs/15_measures.ipynb #cell-held-1
 def held_out_claims(experiment: str) -> list[Claim]:
-    "The claims to be measured on images that nothing was chosen on: between methods and their stages, and those of `plus`."
-    return [c for c in claims(experiment) if c.this.recipe.variant in ('', 'plus')]
+    "The claims to be measured on images that nothing was chosen on: between methods and their stages, and of better or longer training."
+    return [c for c in claims(experiment) if c.this.recipe.variant in ('', 'plus', 'joint3x')]
 
 def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, data_root: str | Path = '', device: str = 'auto') -> dict:
     """The scores of `metrics.json` on `HELD_OUT` images, and how many these are; measured once, then kept in the folder of the stage.
