@@ -372,10 +372,14 @@ def claims(experiment: str) -> list[Claim]:
     if view and not is_ablation(experiment):
         found += [Claim('What do prototypes that nobody learns cost?', case(view), case(box)),
                   Claim('… and real patches instead of their means?', case(view, view.last.name), case(view))]
-    better = {r.method: r for r in known_recipes(experiment) if r.variant == 'plus'}
-    if 'scaleprotoseg' in better:
-        found = [Claim('Does better training make up for groups and prototypes?', case(better['scaleprotoseg']), case(box)),
-                 Claim('… if the black box has it too?', case(better['scaleprotoseg']), case(better[box.method]))]
+    for variant, when in (('plus', 'with better training'), ('joint3x', 'with longer training')):
+        other = {r.method: r for r in known_recipes(experiment) if r.variant == variant}
+        if 'scaleprotoseg' not in other: continue
+        this = case(other['scaleprotoseg'])
+        found += [Claim(f'What does interpretability cost {when}?', this, case(other[box.method])),
+                  Claim('… if the black box has the published training?', this, case(box)),
+                  Claim(f'What do groups cost {when}?', this, case(other['scaleprotoseg'], 'finetune')),
+                  Claim(f'Do several scales and groups help {when}?', this, case(other['protoseg']))]
     for r in known_recipes(experiment):
         k = re.fullmatch(r'k(\d+)', r.variant)
         number = k and ('Is 1 prototype' if k[1] == '1' else f'Are {k[1]} prototypes')
