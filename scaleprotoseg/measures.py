@@ -21,7 +21,7 @@ from .metrics import average_weight, extra_parameters
 from .model import Model
 from .protocols import Evaluation
 from .recipes import Recipe
-from .report import (Case, Claim, Run, claims, claims_runs, compare, compared, find_published, finished_seeds, finished_stage, open_run,
+from .report import (BETTER, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, finished_seeds, finished_stage, open_run,
                                   published_references, summarise)
 from .runs import device_name
 from .scales import spread
@@ -192,7 +192,7 @@ def family_table(frame: pd.DataFrame,          # of `collect`
 # %% ../nbs/15_measures.ipynb #cell-held-1
 def held_out_claims(experiment: str) -> list[Claim]:
     "The claims to be measured on images that nothing was chosen on: between methods and their stages, and of better or longer training."
-    return [c for c in claims(experiment) if c.this.recipe.variant in ('', 'plus', 'joint3x')]
+    return [c for c in claims(experiment) if c.this.recipe.variant in ('', *BETTER)]
 
 def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, data_root: str | Path = '', device: str = 'auto') -> dict:
     """The scores of `metrics.json` on `HELD_OUT` images, and how many these are; measured once, then kept in the folder of the stage.

@@ -8,8 +8,8 @@ __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'STEPS', 'WEIGHTS', '
            'add_recipes', 'find_recipe', 'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split',
            'em_supplement', 'pretrained_recipes', 'published_data', 'changed', 'in_stage', 'legacy', 'taus',
            'coco_weights', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'after_projection',
-           'joint3x', 'balanced_last', 'fixed_last', 'group_ablations', 'apart', 'view_recipes', 'adamw', 'camvid',
-           'once']
+           'joint3x', 'plus3x', 'balanced_last', 'fixed_last', 'group_ablations', 'apart', 'view_recipes', 'adamw',
+           'camvid', 'once']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -494,6 +494,10 @@ def joint3x(r: Recipe) -> Recipe:
     "Not from the papers: three times as many updates of the network. How much of a small experiment's distance to a large one is its short schedule?"
     return changed(r, 'joint3x', steps=in_stage('joint', lambda n: 3 * n))
 
+def plus3x(r: Recipe) -> Recipe:
+    "Not from the papers: `plus` with the updates of `joint3x`. Is there anything left to gain by weights when the training is longer?"
+    return replace(joint3x(plus(r)), variant='plus3x')
+
 def balanced_last(r: Recipe) -> Recipe:
     "Not from the papers: rare classes count more in the stages after projection. Is it that there are so few pixels of them?"
     return changed(r, 'balanced_last', balance=after_projection(r, .5))
@@ -582,7 +586,7 @@ for name in ('camvid', 'camvid-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg'))
     add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), balanced_last(scale), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))),
-            *apart(*map(joint3x, (find_recipe('camvid-quick', m) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg')))))
+            *apart(*(longer(find_recipe('camvid-quick', m)) for longer in (joint3x, plus3x) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg'))))
 
 # %% ../nbs/10_recipes.ipynb #cell-45
 add_recipes(*(replace(r, experiment='demo-full', seeds=(0, 1, 2)) for r in recipes_of('demo')))

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'collect', 'finished_stage',
+__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BETTER', 'collect', 'finished_stage',
            'finished_seeds', 'published', 'recipe_table', 'published_recipe', 'published_recipes', 'compare',
            'summarise', 'whole', 'find_published', 'compared', 'other_draws', 'published_references', 'accuracy_table',
            'steps_table', 'plain_table', 'Case', 'size_cases', 'diversity_cases', 'threshold_cases', 'weight_cases',
@@ -356,7 +356,11 @@ _QUESTIONS = {   # variant -> what it asks
     'legacy': "What do the published program's faults cost?", 'one_scale': 'Is it the scales, or the number of prototypes?',
     'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does better training add?',
     'lovasz_last': 'What does a Lovász loss add to the stages after projection?', 'balanced_last': 'What if rare classes count more in the stages after projection?',
-    'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?'}
+    'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?',
+    'plus3x': 'What does better training add if it is three times as long too?'}
+
+BETTER = {   # variants that train all methods in another way than the papers
+    'plus': 'with better training', 'joint3x': 'with longer training', 'plus3x': 'with better and longer training'}
 
 def claims(experiment: str) -> list[Claim]:
     "The differences between methods, between their stages, and between the main recipe and each variant of an experiment."
@@ -372,7 +376,7 @@ def claims(experiment: str) -> list[Claim]:
     if view and not is_ablation(experiment):
         found += [Claim('What do prototypes that nobody learns cost?', case(view), case(box)),
                   Claim('… and real patches instead of their means?', case(view, view.last.name), case(view))]
-    for variant, when in (('plus', 'with better training'), ('joint3x', 'with longer training')):
+    for variant, when in BETTER.items():
         other = {r.method: r for r in known_recipes(experiment) if r.variant == variant}
         if 'scaleprotoseg' not in other: continue
         this = case(other['scaleprotoseg'])
