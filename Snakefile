@@ -35,6 +35,12 @@ def time_limit(w, resources):
     return f"--max-minutes {max(minutes - 10, minutes / 2):g}" if minutes else ""
 
 
+def known_parameters(w, input):
+    """Data and device, for a notebook that takes them."""
+    given = {"data_root": quote(DATA_ROOT), "device": DEVICE} if DATA_ROOT else {"device": DEVICE}
+    return " ".join(f"-p {k}={v}" for k, v in given.items() if k in notebook_parameters(input.notebook))
+
+
 # gathers files that are there; no job of its own on a cluster
 localrules:
     report,
@@ -88,10 +94,10 @@ rule read:
         gpu=GPU,   # some measure trained models on all validation images
         mem_mb=8_000,
     params:
-        data=lambda w, input: f"-p data_root={quote(DATA_ROOT)}" if DATA_ROOT and "data_root" in notebook_parameters(input.notebook) else "",
+        known=known_parameters,
     shell:
         # as many threads as Snakemake counts: notebooks run side by side
-        "OMP_NUM_THREADS={threads} scaleprotoseg notebook {input.notebook} {output} -p experiment={EXPERIMENT} {params.data}"
+        "OMP_NUM_THREADS={threads} scaleprotoseg notebook {input.notebook} {output} -p experiment={EXPERIMENT} {params.known}"
 
 
 rule report:

@@ -18,7 +18,8 @@ from sizes import SIZES, in_turns, row, save
 import scaleprotoseg.datasets  # noqa: F401, makes them known
 from scaleprotoseg.data import DATASETS, Dataset, open_dataset, rng
 from scaleprotoseg.recipes import Data, find_recipe
-from scaleprotoseg.transforms import Augment, augment
+from scaleprotoseg.protocols import Augment
+from scaleprotoseg.transforms import augment
 
 IMAGES = 8   # that one run goes through
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from scaleprotoseg.transforms import IMAGENET_MEAN, Augment
+from scaleprotoseg.protocols import Augment
+from scaleprotoseg.transforms import IMAGENET_MEAN
 
 
 def distances(features: Tensor, prototypes: Tensor) -> Tensor:  # (B, S, D, h, w), (S, C, K, D) -> (B, P, h, w), scale by scale

@@ -53,7 +53,9 @@ def _end(error, code):
 def common(own: Annotated[Path | None, typer.Option('--recipes', help='Python file that adds recipes of your own.')] = None):
     "Interpretable semantic segmentation with prototypes."
     if own and not own.is_file(): raise FileNotFoundError(f'{own} does not exist (expected a Python file that calls add_recipes)')
-    if own: runpy.run_path(str(own))
+    if own:
+        from scaleprotoseg import training  # noqa: F401, makes the datasets known
+        runpy.run_path(str(own))
 
 # %% ../nbs/16_cli.ipynb #cell-09
 @app.command('list')

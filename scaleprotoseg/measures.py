@@ -5,15 +5,18 @@
 # %% ../nbs/15_measures.ipynb #cell-03
 from __future__ import annotations
 
+import hashlib
 import json
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .basics import write_json
+from .basics import lookup, write_json
 from .contents import HELD_OUT, PARTS, known_recipes
+from .data import fingerprint
 from .evaluation import evaluate
 from .health import score_health, summary
 from .interpretability import PartScores, PartTest, score_parts, sparsity, used_prototypes
@@ -21,9 +24,9 @@ from .metrics import average_weight, extra_parameters
 from .model import Model
 from .protocols import Evaluation
 from .recipes import Recipe
-from .report import (BETTER, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, finished_seeds, finished_stage, open_run,
+from .report import (BETTER, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, finished_seeds, open_run,
                                   published_references, summarise)
-from .runs import device_name
+from .runs import commit, device_name, run_folder
 from .scales import spread
 from .training import results
 
@@ -195,33 +198,45 @@ def held_out_claims(experiment: str) -> list[Claim]:
     return [c for c in claims(experiment) if c.this.recipe.variant in ('', *BETTER)]
 
 def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, data_root: str | Path = '', device: str = 'auto') -> dict:
-    """The scores of `metrics.json` on `HELD_OUT` images, and how many these are; measured once, then kept in the folder of the stage.
+    """The scores of `metrics.json` on `HELD_OUT` images; how many these are and their fingerprint; digest of the weights, device and commit.
 
-    FileNotFoundError if the stage is not finished, or without the images."""
-    folder = finished_stage(runs, recipe, seed, stage)
-    if folder is None or not (folder / 'held_out.json').is_file():
-        run = open_run(runs, recipe.experiment, recipe.method, recipe.variant, seed, stage, device)
-        data, place = run.split('val', data_root, **HELD_OUT[recipe.data.dataset]), next(run.model.parameters()).device
-        counts = evaluate(run.model, data, place, recipe.data.evaluation, f'{recipe.name} seed {seed} {stage} held out')
-        write_json(run.folder / 'held_out.json', {'images': len(data), **HELD_OUT[recipe.data.dataset], 'device': device_name(place),
-                                                  **results(run.model, counts, data.labels)})
-        folder = run.folder
-    return json.loads((folder / 'held_out.json').read_text())
+    Measured once for the same weights, then kept in the folder of the stage. UnknownName for a dataset without such images, FileNotFoundError if the
+    stage is not finished, or without its weights or the images."""
+    folder, options = run_folder(runs, recipe, seed, stage), lookup(HELD_OUT, recipe.data.dataset, 'dataset with held-out images')
+    kept, head = folder / 'held_out.json', folder / 'head.safetensors'
+    asked = {**options, 'weights': hashlib.sha256(head.read_bytes()).hexdigest()[:12] if head.is_file() else ''}
+    if kept.is_file() and (found := json.loads(kept.read_text())).items() >= asked.items(): return found
+    run = open_run(runs, recipe.experiment, recipe.method, recipe.variant, seed, stage, device)
+    data, place = run.split('val', data_root, **options), next(run.model.parameters()).device
+    counts = evaluate(run.model, data, place, recipe.data.evaluation, f'{recipe.name} seed {seed} {stage} held out')
+    found = {**asked, 'images': len(data), 'data': fingerprint(data), 'device': device_name(place), 'commit': commit(), **results(run.model, counts, data.labels)}
+    try: write_json(kept, found)
+    except OSError as e: warnings.warn(f'{kept} cannot be written ({e}): it is measured again next time', stacklevel=2)
+    return found
 
 def held_out(runs: str | Path,
              frame: pd.DataFrame,  # of `collect(…, with_main=True)`
              asked: Sequence[Claim], data_root: str | Path = '', device: str = 'auto') -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of `frame` behind some claims, with `miou` and `accuracy` in percent on `HELD_OUT` images and what they were as `val_miou`; and the IoU
-    in percent of every class there (a row each: method, variant, stage, seed, class, iou)."""
+    in percent of every class there (a row each: method, variant, stage, seed, class, iou).
+
+    What cannot be measured, because images or a backbone are not there, is said and left out. ValueError if runs were measured on different images."""
     import pandas as pd
-    found, classes = claims_runs(frame, asked), []
-    recipes = {(r.method, r.variant): r for c in asked for r in known_recipes(c.this.recipe.experiment) + known_recipes(c.against.recipe.experiment)}
-    scores = [held_out_scores(runs, recipes[r.method, r.variant], r.seed, r.stage, data_root, device) for r in found.itertuples()]
-    for r, s in zip(found.itertuples(), scores):
+    recipes = {(c.recipe.method, c.recipe.variant): c.recipe for claim in asked for c in (claim.this, claim.against)}
+    found, scores, classes = claims_runs(frame, asked), {}, []
+    for r in found.itertuples():
+        if not (recipe := recipes.get((r.method, r.variant))): continue       # of another division of the images
+        try: s = held_out_scores(runs, recipe, r.seed, r.stage, data_root, device)
+        except FileNotFoundError as e:
+            print(f'{recipe.name} seed {r.seed} {r.stage} is not measured: {e}')
+            continue
+        scores[r.Index] = {'data': f'{recipe.data.dataset}, {s["images"]} {s["split"]} images', 'of': s['data'], **{k: 100 * s[k] for k in ('miou', 'accuracy')}}
         classes += [{'method': r.method, 'variant': r.variant, 'stage': r.stage, 'seed': r.seed, 'class': c, 'iou': None if x is None else 100 * x}
                     for c, x in s['iou'].items()]
-    found = found.assign(val_miou=found.miou, **{k: [100 * s[k] for s in scores] for k in ('miou', 'accuracy')},
-                         data=[f'{recipes[r.method, r.variant].data.dataset}, {s["images"]} {s["split"]} images' for r, s in zip(found.itertuples(), scores)])
+    if len({s.pop('of') for s in scores.values()}) > 1:
+        raise ValueError(f'{runs} holds scores on different held-out images ({"; ".join(sorted({s["data"] for s in scores.values()}))}); delete the wrong held_out.json')
+    found = found.loc[list(scores)].assign(val_miou=lambda f: f.miou)
+    for k in ('miou', 'accuracy', 'data'): found[k] = [s[k] for s in scores.values()]
     return found, pd.DataFrame(classes, columns=['method', 'variant', 'stage', 'seed', 'class', 'iou'])
 
 def held_out_table(found: pd.DataFrame, asked: Iterable[Claim]) -> pd.DataFrame:
@@ -229,11 +244,8 @@ def held_out_table(found: pd.DataFrame, asked: Iterable[Claim]) -> pd.DataFrame:
     import pandas as pd
     rows = []
     for c in {(x.recipe.name, x.stage): x for claim in asked for x in (claim.this, claim.against)}.values():
-        of_case = found[(found.method == c.recipe.method) & (found.variant == c.recipe.variant) & (found.stage == c.stage)]
-        mean = lambda x: statistics.fmean(x) if len(x) else None
-        std = lambda x: statistics.stdev(x) if len(x) > 1 else None
-        rows.append({'method': c.recipe.method, 'variant': c.recipe.variant, 'stage': c.stage, 'runs': len(of_case),
-                     'miou': mean(of_case.miou), 'std': std(of_case.miou), 'accuracy': mean(of_case.accuracy),
-                     'val_miou': mean(of_case.val_miou), 'val_std': std(of_case.val_miou)})
+        here, before = (summarise(f, c.recipe, c.stage) for f in (found, found.assign(miou=found.val_miou)))
+        rows.append({'method': c.recipe.method, 'variant': c.recipe.variant, 'stage': c.stage, **{k: here[k] for k in ('runs', 'miou', 'std')},
+                     'val_miou': before['miou'], 'val_std': before['std']})
     return pd.DataFrame(rows, dtype=object)
 

@@ -378,10 +378,10 @@ def claims(experiment: str) -> list[Claim]:
                   Claim('… and real patches instead of their means?', case(view, view.last.name), case(view))]
     for variant, when in BETTER.items():
         other = {r.method: r for r in known_recipes(experiment) if r.variant == variant}
-        if 'scaleprotoseg' not in other: continue
+        if not {box.method, 'protoseg', 'scaleprotoseg'} <= other.keys(): continue
         this = case(other['scaleprotoseg'])
         found += [Claim(f'What does interpretability cost {when}?', this, case(other[box.method])),
-                  Claim('… if the black box has the published training?', this, case(box)),
+                  Claim('… if the black box is trained as before?', this, case(box)),
                   Claim(f'What do groups cost {when}?', this, case(other['scaleprotoseg'], 'finetune')),
                   Claim(f'Do several scales and groups help {when}?', this, case(other['protoseg']))]
     for r in known_recipes(experiment):

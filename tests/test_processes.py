@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
 from scaleprotoseg.data import open_dataset
 from scaleprotoseg.model import read_tensors
@@ -28,6 +27,7 @@ LAUNCH = ('-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone'
 SCRIPT = '''
 import os, signal, sys
 import scaleprotoseg.training as training
+from scaleprotoseg.basics import Interrupted
 fault, out = sys.argv[1], sys.argv[2]
 training.SAVE_SECONDS, count, losses = 0., [0], training.stage_losses
 def faulty(*a):
@@ -39,7 +39,7 @@ def faulty(*a):
 training.stage_losses = faulty
 try:
     for stage in ('warmup', 'joint'): training.run_stage('smoke', 'protoseg', stage, out=out, device='cpu', devices=2)
-except training.Interrupted as e: sys.exit(f'stopped: {e}')
+except Interrupted as e: sys.exit(f'stopped: {e}')
 '''
 
 
@@ -146,6 +146,7 @@ def test_stopped_and_run_again_is_the_same_run(fault, pretrained, two, tmp_path)
 
 
 def test_a_run_that_ends_is_not_killed_for_a_process_that_is_slower_to_leave():
+    from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
     asleep = [sys.executable, '-c', 'import time; time.sleep(60)']
     with subprocess.Popen(asleep) as this, subprocess.Popen(asleep) as slower:
         launcher = SimpleNamespace(procs=[slower])

@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 
 from scaleprotoseg.contents import PAPER_NOTEBOOKS
+from scaleprotoseg.measures import held_out, held_out_claims, held_out_scores
 from scaleprotoseg.notebooks import run_notebook
 from scaleprotoseg.recipes import find_recipe, recipes_of
+from scaleprotoseg.report import collect
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, '-m', 'scaleprotoseg', 'reproduce', '--experiment', 'smoke', '--device', 'cpu']
@@ -54,6 +56,28 @@ def test_graph_makes_every_stage_and_an_offline_report(whole):
     assert 'data:image/webp;base64' in page
     assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', page), 'needs the network'
     assert str(whole) not in page and str(ROOT) not in page, 'a path of a machine'
+
+
+def test_scores_on_held_out_images_are_measured_kept_and_recorded(whole, tmp_path):
+    recipe, stage = find_recipe('smoke', 'deeplabv2'), 'joint'
+    runs = shutil.copytree(whole / 'runs', tmp_path / 'runs')
+    kept = runs / 'smoke/deeplabv2/seed0/joint/held_out.json'
+    found = json.loads(kept.read_text())
+    recorded = json.loads((whole / 'figures/smoke/provenance.json').read_text())['deeplabv2/seed0/joint']
+    assert recorded['held_out']['miou'] == found['miou'] and recorded['metrics']['miou'] != found['miou']
+    kept.write_text(json.dumps(found | {'miou': .5}))
+    assert held_out_scores(runs, recipe, 0, stage)['miou'] == .5                      # not measured again
+    kept.write_text(json.dumps(found | {'miou': .5, 'weights': 'of others'}))
+    again = held_out_scores(runs, recipe, 0, stage, device='cpu')
+    assert again['miou'] == pytest.approx(found['miou']) and json.loads(kept.read_text()) == again
+    kept.unlink()
+    (kept.parent / 'backbone.safetensors').unlink()                                   # as `pack` leaves it
+    asked = held_out_claims('smoke')
+    rows, classes = held_out(runs, collect(runs, 'smoke'), asked)
+    assert 'deeplabv2' not in set(rows.method) and {'protoseg', 'scaleprotoseg'} <= set(rows.method) == set(classes.method)
+    kept.write_text(json.dumps(found | {'data': 'other images'}))
+    with pytest.raises(ValueError, match='different held-out images'): held_out(runs, collect(runs, 'smoke'), asked)
+    with pytest.raises(KeyError, match="unknown dataset with held-out images 'em'"): held_out_scores(runs, find_recipe('em-quick', 'unet'), 0, stage)
 
 
 def test_second_call_has_nothing_to_do(whole):
