@@ -381,7 +381,7 @@ def claims(experiment: str) -> list[Claim]:
         if not {box.method, 'protoseg', 'scaleprotoseg'} <= other.keys(): continue
         this = case(other['scaleprotoseg'])
         found += [Claim(f'What does interpretability cost {when}?', this, case(other[box.method])),
-                  Claim('… if the black box is trained as before?', this, case(box)),
+                  Claim(f'How does ScaleProtoSeg {when} stand against the plain black box?', this, case(box)),
                   Claim(f'What do groups cost {when}?', this, case(other['scaleprotoseg'], 'finetune')),
                   Claim(f'Do several scales and groups help {when}?', this, case(other['protoseg']))]
     for r in known_recipes(experiment):
