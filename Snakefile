@@ -37,8 +37,9 @@ def time_limit(w, resources):
 
 def known_parameters(w, input):
     """Data and device, for a notebook that takes them."""
+    known = notebook_parameters(input.notebook)
     given = {"data_root": quote(DATA_ROOT), "device": DEVICE} if DATA_ROOT else {"device": DEVICE}
-    return " ".join(f"-p {k}={v}" for k, v in given.items() if k in notebook_parameters(input.notebook))
+    return " ".join(f"-p {k}={v}" for k, v in given.items() if k in known)
 
 
 # gathers files that are there; no job of its own on a cluster

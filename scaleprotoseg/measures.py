@@ -198,13 +198,13 @@ def held_out_claims(experiment: str) -> list[Claim]:
     return [c for c in claims(experiment) if c.this.recipe.variant in ('', *BETTER)]
 
 def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, data_root: str | Path = '', device: str = 'auto') -> dict:
-    """The scores of `metrics.json` on `HELD_OUT` images; how many these are and their fingerprint; digest of the weights, device and commit.
+    """The scores of `metrics.json` on `HELD_OUT` images; how many these are and their fingerprint; digest of the stage's results, device and commit.
 
-    Measured once for the same weights, then kept in the folder of the stage. UnknownName for a dataset without such images, FileNotFoundError if the
+    Measured once for the same results, then kept in the folder of the stage. UnknownName for a dataset without such images, FileNotFoundError if the
     stage is not finished, or without its weights or the images."""
     folder, options = run_folder(runs, recipe, seed, stage), lookup(HELD_OUT, recipe.data.dataset, 'dataset with held-out images')
-    kept, head = folder / 'held_out.json', folder / 'head.safetensors'
-    asked = {**options, 'weights': hashlib.sha256(head.read_bytes()).hexdigest()[:12] if head.is_file() else ''}
+    kept, end = folder / 'held_out.json', folder / 'metrics.json'       # which is new whenever the stage is; packed runs have no backbone to compare
+    asked = {**options, 'metrics': hashlib.sha256(end.read_bytes()).hexdigest()[:12] if end.is_file() else ''}
     if kept.is_file() and (found := json.loads(kept.read_text())).items() >= asked.items(): return found
     run = open_run(runs, recipe.experiment, recipe.method, recipe.variant, seed, stage, device)
     data, place = run.split('val', data_root, **options), next(run.model.parameters()).device

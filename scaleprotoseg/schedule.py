@@ -20,7 +20,8 @@ from tqdm import tqdm
 from .basics import Interrupted, lookup
 from .recipes import Recipe, experiments, recipes_of
 from .runs import run_folder
-from .training import pick_device, stopping
+from .model import pick_device
+from .training import stopping
 
 # %% ../nbs/12_schedule.ipynb #cell-05
 @dataclass(frozen=True)

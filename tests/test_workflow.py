@@ -67,7 +67,7 @@ def test_scores_on_held_out_images_are_measured_kept_and_recorded(whole, tmp_pat
     assert recorded['held_out']['miou'] == found['miou'] and recorded['metrics']['miou'] != found['miou']
     kept.write_text(json.dumps(found | {'miou': .5}))
     assert held_out_scores(runs, recipe, 0, stage)['miou'] == .5                      # not measured again
-    kept.write_text(json.dumps(found | {'miou': .5, 'weights': 'of others'}))
+    kept.write_text(json.dumps(found | {'miou': .5, 'metrics': 'of others'}))
     again = held_out_scores(runs, recipe, 0, stage, device='cpu')
     assert again['miou'] == pytest.approx(found['miou']) and json.loads(kept.read_text()) == again
     kept.unlink()
