@@ -8,8 +8,8 @@ __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'STEPS', 'WEIGHTS', '
            'add_recipes', 'find_recipe', 'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split',
            'em_supplement', 'pretrained_recipes', 'published_data', 'changed', 'in_stage', 'legacy', 'taus',
            'coco_weights', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'after_projection',
-           'joint3x', 'plus3x', 'balanced_last', 'fixed_last', 'group_ablations', 'apart', 'view_recipes', 'adamw',
-           'camvid', 'once']
+           'joint3x', 'plus3x', 'balanced_last', 'balanced_last3x', 'fixed_last', 'group_ablations', 'apart',
+           'view_recipes', 'adamw', 'camvid', 'once']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -364,28 +364,27 @@ EM_STEPS = dict(joint=10_000, finetune=10_000, group_joint=10_000)
 add_recipes(*em_recipes('em', width=64, channels=64, crop=512, batch=2, views=0, seeds=(0, 1, 2), lr=1e-4, last_lr=1e-5,
                         group_lr=5e-5, steps=EM_STEPS, eval_every=1000))
 
-def other_split(r: Recipe, division: int, **changes) -> Recipe:
+def other_split(r: Recipe, division: int) -> Recipe:
     "The same method on another division of EM into training and validation slices, drawn with the seed `division`."
     splits = {role: {**options, 'split_seed': division} for role, options in r.data.splits.items()}
-    return replace(r, variant='split2', data=replace(r.data, splits=splits), **changes)
+    return replace(r, variant='split2', data=replace(r.data, splits=splits))
 
 add_recipes(*em_recipes('em-quick', width=16, channels=16, crop=192, batch=4, views=4, seeds=(0, 1, 2), lr=2e-3, last_lr=1e-3,
                         group_lr=5e-3, steps=dict(joint=300, finetune=1000, group_joint=3000), momentum=FEW_UPDATES))
 add_recipes(*(other_split(r, 43) for r in recipes_of('em')),
-            *(other_split(find_recipe('em-quick', m), 43, seeds=(0,)) for m in ('unet', 'protoseg', 'scaleprotoseg')))
+            *(other_split(find_recipe('em-quick', m), 43) for m in ('unet', 'protoseg', 'scaleprotoseg')))
 
 # %% ../nbs/10_recipes.ipynb #cell-28
-def em_supplement() -> list[Recipe]:
-    "U-Net and ProtoSeg as in ProtoSeg's supplement."
+def em_supplement(experiment: str, em: str) -> list[Recipe]:
+    "U-Net and ProtoSeg as in ProtoSeg's supplement, of the size and schedule of `em`."
     splits = {role: dict(split=split, split_seed=None) for role, split in [('train', 'train'), ('push', 'train'), ('val', 'val')]}
-    backbone = dict(name='unet', width=64, aspp=False, mean=[.5] * 3, std=[.25] * 3)
-    changed = dict(data=Data('em', splits, (512, 512), scale=(1., 1.), in_memory=True, warp=Warp()), experiment='em-supplement')
+    def plain_net(backbone): return {**{k: v for k, v in backbone.items() if k != 'features'}, 'aspp': False, 'mean': [.5] * 3, 'std': [.25] * 3}
     def plain(stages): return tuple(replace(s, train=s.train and replace(s.train, decay=0., lr={k: v for k, v in s.train.lr.items() if k != 'aspp'}))
                                     for s in stages)
-    return [replace(r, **changed, stages=plain(r.stages), model={**r.model, 'backbone': backbone})
-            for r in (find_recipe('em', 'unet'), find_recipe('em', 'protoseg'))]
+    return [replace(r, experiment=experiment, data=replace(r.data, splits=splits, scale=(1., 1.), warp=Warp()), stages=plain(r.stages),
+                    model={**r.model, 'backbone': plain_net(r.model['backbone'])}) for r in (find_recipe(em, 'unet'), find_recipe(em, 'protoseg'))]
 
-add_recipes(*em_supplement())
+add_recipes(*em_supplement('em-supplement', 'em'), *em_supplement('em-supplement-quick', 'em-quick'))
 
 # %% ../nbs/10_recipes.ipynb #cell-32
 def pretrained_recipes(experiment: str, data: Data, steps: Mapping[str, int], l1: tuple[float, float], entropy: float,
@@ -502,6 +501,10 @@ def balanced_last(r: Recipe) -> Recipe:
     "Not from the papers: rare classes count more in the stages after projection. Is it that there are so few pixels of them?"
     return changed(r, 'balanced_last', balance=after_projection(r, .5))
 
+def balanced_last3x(r: Recipe) -> Recipe:
+    "Not from the papers: `balanced_last` with the updates of `joint3x`. Is it the loss of the stages after projection that takes away what a longer training won?"
+    return replace(joint3x(balanced_last(r)), variant='balanced_last3x')
+
 def fixed_last(r: Recipe) -> Recipe:
     """Not from the papers: ScaleProtoSeg whose groups are trained under a last layer that stays as it starts. Is it the freedom of the last layer
     that costs rare classes?"""
@@ -586,7 +589,8 @@ for name in ('camvid', 'camvid-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg'))
     add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), balanced_last(scale), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))),
-            *apart(*(longer(find_recipe('camvid-quick', m)) for longer in (joint3x, plus3x) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg'))))
+            *apart(*(longer(find_recipe('camvid-quick', m)) for longer in (joint3x, plus3x) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg')),
+                   balanced_last3x(find_recipe('camvid-quick', 'scaleprotoseg'))))
 
 # %% ../nbs/10_recipes.ipynb #cell-45
 add_recipes(*(replace(r, experiment='demo-full', seeds=(0, 1, 2)) for r in recipes_of('demo')))
