@@ -116,7 +116,7 @@ PAPER_NOTEBOOKS = (
     PaperNotebook(_S, 'figure_20', 'Figure 20-25', 'scaleprotoseg'),
     PaperNotebook(_S, 'figure_26', 'Figure 26', 'scaleprotoseg'),
     PaperNotebook(_S, 'failure_cases', 'Figure 27-35', 'scaleprotoseg'),
-    PaperNotebook(_S, 'claims', '', 'scaleprotoseg-no_entropy or scaleprotoseg-one_scale or prototype_view-k1'),
+    PaperNotebook(_S, 'claims', '', 'protoseg or scaleprotoseg-one_scale or prototype_view-k1'),
     PaperNotebook('families', 'overview', ''),
     PaperNotebook('families', 'held_out', '', 'protoseg or scaleprotoseg-plus', only=tuple(HELD_OUT)),
     PaperNotebook(_P, 'table_01', 'Table 1', 'protoseg-k4'),
@@ -146,7 +146,7 @@ def published_contents(folder: str | Path = 'data/published') -> pd.DataFrame:
     if not path.is_file(): raise FileNotFoundError(f'{path} does not exist; run this in a checkout of the repository')
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
-SHOWN_EXPERIMENTS = ('demo', 'demo-full', 'em-quick', 'camvid-quick', 'em', 'camvid', 'pascal', 'cityscapes', 'ade20k', 'cocostuff', 'cityscapes-hrnet', 'cityscapes-segformer', 'ade20k-segformer')
+SHOWN_EXPERIMENTS = ('demo', 'demo-full', 'em-quick', 'em-supplement-quick', 'camvid-quick', 'em', 'em-supplement', 'camvid', 'pascal', 'cityscapes', 'ade20k', 'cocostuff', 'cityscapes-hrnet', 'cityscapes-segformer', 'ade20k-segformer')
 
 # %% ../nbs/15_contents.ipynb #cell-14
 def status(notebook: PaperNotebook, experiment: str, figures: str | Path = 'figures') -> str:

@@ -357,22 +357,30 @@ _QUESTIONS = {   # variant -> what it asks
     'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does better training add?',
     'lovasz_last': 'What does a Lovász loss add to the stages after projection?', 'balanced_last': 'What if rare classes count more in the stages after projection?',
     'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?',
-    'plus3x': 'What does better training add if it is three times as long too?'}
+    'plus3x': 'What does better training add to a longer one?', 'balanced_last3x': 'What if rare classes count more in the stages after a longer training?'}
+
+_AGAINST = {'plus3x': 'joint3x', 'balanced_last3x': 'joint3x'}   # variants that vary another variant instead of the main recipe
 
 BETTER = {   # variants that train all methods in another way than the papers
     'plus': 'with better training', 'joint3x': 'with longer training', 'plus3x': 'with better and longer training'}
 
+_LAST = {   # variants that train the stages after projection in another way
+    'balanced_last': 'with weights of classes in the last stages', 'balanced_last3x': 'with weights of classes in the last stages of a longer training'}
+
 def claims(experiment: str) -> list[Claim]:
-    "The differences between methods, between their stages, and between the main recipe and each variant of an experiment."
+    "The differences between methods, between their stages, and between each variant of an experiment and what it varies."
     main = {r.method: r for r in known_recipes(main_experiment(experiment)) if not r.variant}
     case = lambda r, stage='': Case(r, stage or r.reported.name, '')
-    found, grouped, view = [], main.get('scaleprotoseg'), main.get('prototype_view')
+    found, grouped, view, proto = [], main.get('scaleprotoseg'), main.get('prototype_view'), main.get('protoseg')
     box = next(r for r in compared(main_experiment(experiment)) if not r.model.get('per_class') and r.stages[0].head == 'direct')
     if grouped and not is_ablation(experiment):
         found = [Claim('What does interpretability cost?', case(grouped), case(box)),
                  Claim('What do groups cost?', case(grouped), case(grouped, 'finetune')),
-                 Claim('Do several scales help, without groups and pruning?', case(grouped, 'finetune'), case(main['protoseg'], 'finetune')),
-                 Claim('Do several scales and groups help?', case(grouped), case(main['protoseg']))]
+                 Claim('Do several scales help, without groups and pruning?', case(grouped, 'finetune'), case(proto, 'finetune')),
+                 Claim('Do several scales and groups help?', case(grouped), case(proto))]
+    elif proto and not is_ablation(experiment):
+        found = [Claim('What does interpretability cost?', case(proto), case(box)),
+                 Claim('What does pruning cost?', case(proto), case(proto, 'finetune'))]
     if view and not is_ablation(experiment):
         found += [Claim('What do prototypes that nobody learns cost?', case(view), case(box)),
                   Claim('… and real patches instead of their means?', case(view, view.last.name), case(view))]
@@ -385,10 +393,13 @@ def claims(experiment: str) -> list[Claim]:
                   Claim(f'What do groups cost {when}?', this, case(other['scaleprotoseg'], 'finetune')),
                   Claim(f'Do several scales and groups help {when}?', this, case(other['protoseg']))]
     for r in known_recipes(experiment):
+        if r.variant in _LAST: found.append(Claim(f'What do groups cost {_LAST[r.variant]}?', case(r), case(r, 'finetune')))
+    for r in known_recipes(experiment):
         k = re.fullmatch(r'k(\d+)', r.variant)
         number = k and ('Is 1 prototype' if k[1] == '1' else f'Are {k[1]} prototypes')
         if ask := f'{number} per class{" and scale" * (r.model["scales"] > 1)} enough?' if k else _QUESTIONS.get(r.variant):
-            found.append(Claim(ask, case(r), case(main[r.method])))
+            against = find_recipe(experiment, r.method, _AGAINST[r.variant]) if r.variant in _AGAINST else main[r.method]
+            found.append(Claim(ask, case(r), case(against)))
     return found
 
 def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
