@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'STEPS', 'WEIGHTS', 'Train', 'Stage', 'Data', 'chosen', 'Recipe',
-           'blackbox', 'projected', 'protoseg', 'scaleprotoseg', 'prototype_view', 'veto_name', 'read_veto', 'vetoed',
-           'add_recipes', 'find_recipe', 'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split',
-           'em_supplement', 'pretrained_recipes', 'published_data', 'changed', 'in_stage', 'legacy', 'taus',
-           'coco_weights', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'after_projection',
-           'joint3x', 'plus3x', 'balanced_last', 'balanced_last3x', 'fixed_last', 'group_ablations', 'apart',
-           'view_recipes', 'adamw', 'camvid', 'once']
+           'blackbox', 'projected', 'protoseg', 'scaleprotoseg', 'prototype_view', 'changed', 'in_stage', 'veto_name',
+           'read_veto', 'vetoed', 'add_recipes', 'find_recipe', 'experiments', 'recipes_of', 'partscapes_recipes',
+           'em_recipes', 'other_split', 'em_supplement', 'plain_unet', 'every_third', 'pretrained_recipes',
+           'published_data', 'legacy', 'taus', 'coco_weights', 'protoseg_ablations', 'claim_ablations', 'plus',
+           'lovasz_last', 'after_projection', 'joint3x', 'plus3x', 'balanced_last', 'balanced_last3x', 'fixed_last',
+           'towards_supplement', 'group_ablations', 'apart', 'view_recipes', 'adamw', 'camvid', 'once']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -251,6 +251,18 @@ COSINE = dict(scales=1, activation='unit', similarity='cosine')   # of the proto
 
 FEW_UPDATES = .95   # momentum of hundreds of updates: at the published 0.999 half of a prototype's start is left after 693 of them
 
+# %% ../nbs/10_recipes.ipynb #cell-14c
+def changed(recipe: Recipe, variant: str, model: Mapping = {}, data: Mapping = {}, **train) -> Recipe:  # noqa: B006
+    "A recipe with other values: of its model, its data, or in every stage that trains (a function of the old value, or a value)."
+    def new(t, stage): return replace(t, **{k: v(getattr(t, k), stage) if callable(v) else v for k, v in train.items()})
+    stages = tuple(replace(s, train=s.train and new(s.train, s.name)) for s in recipe.stages)
+    return replace(recipe, variant=variant, stages=stages, model={**recipe.model, **model}, data=replace(recipe.data, **data))
+
+def in_stage(name: str, value):
+    "For `changed`: a value in the stages called `name`, as before elsewhere."
+    return lambda old, stage: (value(old) if callable(value) else value) if stage == name else old
+
+
 # %% ../nbs/10_recipes.ipynb #cell-16
 def veto_name(prototypes: Iterable[tuple[int, int, int]]) -> str:
     "A name for a list of prototypes (scale, class, k): `veto-s1c3k0+s2c3k1`."
@@ -366,8 +378,7 @@ add_recipes(*em_recipes('em', width=64, channels=64, crop=512, batch=2, views=0,
 
 def other_split(r: Recipe, division: int) -> Recipe:
     "The same method on another division of EM into training and validation slices, drawn with the seed `division`."
-    splits = {role: {**options, 'split_seed': division} for role, options in r.data.splits.items()}
-    return replace(r, variant='split2', data=replace(r.data, splits=splits))
+    return changed(r, 'split2', data={'splits': {role: {**options, 'split_seed': division} for role, options in r.data.splits.items()}})
 
 add_recipes(*em_recipes('em-quick', width=16, channels=16, crop=192, batch=4, views=4, seeds=(0, 1, 2), lr=2e-3, last_lr=1e-3,
                         group_lr=5e-3, steps=dict(joint=300, finetune=1000, group_joint=3000), momentum=FEW_UPDATES))
@@ -377,12 +388,17 @@ add_recipes(*(other_split(r, 43) for r in recipes_of('em')),
 # %% ../nbs/10_recipes.ipynb #cell-28
 def em_supplement(experiment: str, em: str) -> list[Recipe]:
     "U-Net and ProtoSeg as in ProtoSeg's supplement, of the size and schedule of `em`."
-    splits = {role: dict(split=split, split_seed=None) for role, split in [('train', 'train'), ('push', 'train'), ('val', 'val')]}
-    def plain_net(backbone): return {**{k: v for k, v in backbone.items() if k != 'features'}, 'aspp': False, 'mean': [.5] * 3, 'std': [.25] * 3}
-    def plain(stages): return tuple(replace(s, train=s.train and replace(s.train, decay=0., lr={k: v for k, v in s.train.lr.items() if k != 'aspp'}))
-                                    for s in stages)
-    return [replace(r, experiment=experiment, data=replace(r.data, splits=splits, scale=(1., 1.), warp=Warp()), stages=plain(r.stages),
-                    model={**r.model, 'backbone': plain_net(r.model['backbone'])}) for r in (find_recipe(em, 'unet'), find_recipe(em, 'protoseg'))]
+    methods = [plain_unet(every_third(find_recipe(em, m))) for m in ('unet', 'protoseg')]
+    return [replace(r, experiment=experiment, variant='', data=replace(r.data, scale=(1., 1.), warp=Warp())) for r in methods]
+
+def plain_unet(r: Recipe) -> Recipe:
+    "The network of ProtoSeg's supplement: no ASPP, inputs normalised by 0.5 and 0.25, no weight decay."
+    backbone = {**{k: v for k, v in r.model['backbone'].items() if k != 'features'}, 'aspp': False, 'mean': [.5] * 3, 'std': [.25] * 3}
+    return changed(r, 'plain', {'backbone': backbone}, decay=0., lr=lambda old, stage: {k: v for k, v in old.items() if k != 'aspp'})
+
+def every_third(r: Recipe) -> Recipe:
+    "The slices that ProtoSeg's supplement holds out: every third."
+    return changed(r, 'every_third', data={'splits': {role: {**options, 'split_seed': None} for role, options in r.data.splits.items()}})
 
 add_recipes(*em_supplement('em-supplement', 'em'), *em_supplement('em-supplement-quick', 'em-quick'))
 
@@ -433,17 +449,6 @@ add_recipes(*pretrained_recipes('ade20k', published_data('ade20k', 512, scale=(.
                             per_class=dict(protoseg=12, scaleprotoseg=3)))
 add_recipes(*pretrained_recipes('cocostuff', published_data('cocostuff', 321), dict(warmup=6000, joint=100_000, finetune=4000, group_warmup=2000, group_joint=30_000),
                             l1=(1e-5, 1e-4), entropy=.25, inputs=(.5, .75), per_class=dict(protoseg=12, scaleprotoseg=3), batch=(10, 1), k=0))
-
-# %% ../nbs/10_recipes.ipynb #cell-36
-def changed(recipe: Recipe, variant: str, model: Mapping = {}, data: Mapping = {}, **train) -> Recipe:  # noqa: B006
-    "A recipe with other values: of its model, its data, or in every stage that trains (a function of the old value, or a value)."
-    def new(t, stage): return replace(t, **{k: v(getattr(t, k), stage) if callable(v) else v for k, v in train.items()})
-    stages = tuple(replace(s, train=s.train and new(s.train, s.name)) for s in recipe.stages)
-    return replace(recipe, variant=variant, stages=stages, model={**recipe.model, **model}, data=replace(recipe.data, **data))
-
-def in_stage(name: str, value):
-    "For `changed`: a value in the stages called `name`, as before elsewhere."
-    return lambda old, stage: (value(old) if callable(value) else value) if stage == name else old
 
 # %% ../nbs/10_recipes.ipynb #cell-37
 def legacy(recipe: Recipe, projection: tuple[str, ...]) -> Recipe:
@@ -510,6 +515,10 @@ def fixed_last(r: Recipe) -> Recipe:
     that costs rare classes?"""
     return changed(r, 'fixed_last', lr=lambda old, stage: {k: v for k, v in old.items() if k != 'last'} if 'groups' in old else old)
 
+def towards_supplement(r: Recipe) -> list[Recipe]:
+    "Not from the papers: each of what sets ProtoSeg's supplement apart, alone. Which of it makes its numbers higher?"
+    return [changed(r, 'no_zoom', data={'scale': (1., 1.)}), changed(r, 'warped', data={'warp': Warp()}), plain_unet(r), every_third(r)]
+
 def group_ablations(r: Recipe) -> list[Recipe]:
     "What changes in the second stage only: no entropy (ScaleProtoSeg, Tables 8 and 9), other thresholds (Table 7)."
     return [changed(r, 'no_entropy', entropy=0.), taus(r, (.01, .1))]
@@ -535,7 +544,7 @@ for name in ('em', 'em-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('unet', 'protoseg', 'scaleprotoseg'))
     add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), balanced_last(scale), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))),
-            *apart(*map(joint3x, (find_recipe('em-quick', m) for m in ('unet', 'protoseg', 'scaleprotoseg')))))
+            *apart(*map(joint3x, (find_recipe('em-quick', m) for m in ('unet', 'protoseg', 'scaleprotoseg'))), *towards_supplement(find_recipe('em-quick', 'unet'))))
 _aug = find_recipe('pascal', 'scaleprotoseg')
 add_recipes(*apart(changed(_aug, 'push_train_aug', data={'splits': {**_aug.data.splits, 'push': {'split': 'train_aug'}}})))
 

@@ -357,6 +357,8 @@ _QUESTIONS = {   # variant -> what it asks
     'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does better training add?',
     'lovasz_last': 'What does a Lovász loss add to the stages after projection?', 'balanced_last': 'What if rare classes count more in the stages after projection?',
     'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?',
+    'no_zoom': 'What if training images are not zoomed?', 'warped': 'What do a small distortion and blur add?',
+    'plain': 'What if there is no ASPP, other inputs and no weight decay?', 'every_third': 'What if every third slice is held out?',
     'plus3x': 'What does better training add to a longer one?', 'balanced_last3x': 'What if rare classes count more in the stages after a longer training?'}
 
 _AGAINST = {'plus3x': 'joint3x', 'balanced_last3x': 'joint3x'}   # variants that vary another variant instead of the main recipe
