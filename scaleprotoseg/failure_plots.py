@@ -16,7 +16,7 @@ import torch
 from .data import Dataset, Labels
 from .evaluation import stream
 from .explain import (Atlas, Panel, as_picture, evidence_kind, evidence_names, outlined, plot_panels, scale_names)
-from .failures import Blame, Case, blame, cell_weights, describe, enlarged_prediction, evidence_parts
+from .failures import Blame, FailureCase, blame, cell_weights, describe, enlarged_prediction, evidence_parts
 from .metrics import class_iou, confusion
 from .model import Model
 from .protocols import Evaluation
@@ -39,7 +39,7 @@ class Layer:
 @dataclass
 class Scene:
     "A failure case, ready to draw."
-    case: Case
+    case: FailureCase
     why: Blame
     sentence: str
     labels: Labels = field(repr=False)
@@ -52,7 +52,7 @@ class Scene:
 
 # %% ../nbs/13_failure_plots.ipynb #cell-06
 @torch.no_grad()
-def scene(model: Model, dataset: Dataset, case: Case, atlas: Atlas, how: Evaluation = Evaluation(),  # noqa: B008, frozen
+def scene(model: Model, dataset: Dataset, case: FailureCase, atlas: Atlas, how: Evaluation = Evaluation(),  # noqa: B008, frozen
           most: int = 4,   # maps per class or group
          ) -> Scene:
     "Look at the image of a case again and collect what its pictures show. The case may have been found with another model."
@@ -172,7 +172,7 @@ def plot_members(scene: Scene, width: float = 7.) -> Figure:
 
 # %% ../nbs/13_failure_plots.ipynb #6d87461c
 @torch.no_grad()
-def plot_before_after(before: Model, after: Model, dataset: Dataset, cases: Sequence[Case],
+def plot_before_after(before: Model, after: Model, dataset: Dataset, cases: Sequence[FailureCase],
                       how: Evaluation = Evaluation(),  # noqa: B008, frozen
                       names: tuple[str, str] = ('before', 'after'),
                      ) -> tuple[Figure, list[str]]:

@@ -17,7 +17,7 @@ from scaleprotoseg import failures
 from scaleprotoseg.data import Labels, Sample, palette, rng
 from scaleprotoseg.explain import Atlas, scale_names
 from scaleprotoseg.failure_plots import Layer, Scene, outline, plot_before_after, plot_case, plot_evidence, plot_members, scene
-from scaleprotoseg.failures import (Blame, BlameCount, Case, blame, cell_sums, cell_weights, check_veto, count_blame,
+from scaleprotoseg.failures import (Blame, BlameCount, FailureCase, blame, cell_sums, cell_weights, check_veto, count_blame,
                                     describe, divided, enlarged_prediction, evidence_parts, explain_failures, find_failures,
                                     drawn_at_random, image_cases, log_mean, most_blamed, preference, regions, right_pixels, sort_cases,
                                     stream_failures, worst_of_each, wrong_pixels)
@@ -43,7 +43,7 @@ def cases_of(rows, **rule): return image_cases(torch.tensor(rows), 'a', 7, **{'t
 def test_a_case_has_the_numbers_of_the_confusion_matrix():
     "Pony: 3 of 10 right, 6 called zebra, 1 called road; 2 pixels of road are called pony. IoU 3 / 12."
     case, = cases_of([[3, 6, 1], [0, 50, 0], [2, 0, 90]])
-    assert case == Case('a', 7, PONY, ZEBRA, 'missed', .25, pixels=10, missed=7, false=2, wrong=6)
+    assert case == FailureCase('a', 7, PONY, ZEBRA, 'missed', .25, pixels=10, missed=7, false=2, wrong=6)
     assert (case.true, case.predicted) == (PONY, ZEBRA)
 
 
@@ -106,7 +106,7 @@ def test_no_case_of_a_confusion_with_a_skipped_class():
 
 
 def test_the_worst_come_first_and_ties_are_decided_by_iou_image_and_class():
-    def case(wrong, iou, index, cls): return Case('a', index, cls, 0, 'missed', iou, 0, 0, 0, wrong)
+    def case(wrong, iou, index, cls): return FailureCase('a', index, cls, 0, 'missed', iou, 0, 0, 0, wrong)
     order = [case(9, .3, 5, 2), case(8, .1, 9, 2), case(8, .2, 0, 2), case(8, .2, 1, 0), case(8, .2, 1, 1), case(0, 0., 0, 0)]
     for seed in range(5): assert sort_cases([order[i] for i in np.random.default_rng(seed).permutation(6)]) == order
 
@@ -130,10 +130,10 @@ def test_cases_equal_a_loop_over_classes(seed, C):
 
 # -- regions and cells ------------------------------------------------------------------------------------------------
 
-def missed(true=PONY, predicted=ZEBRA, wrong=1): return Case('a', 0, true, predicted, 'missed', .1, 9, wrong, 0, wrong)
+def missed(true=PONY, predicted=ZEBRA, wrong=1): return FailureCase('a', 0, true, predicted, 'missed', .1, 9, wrong, 0, wrong)
 
 
-@pytest.mark.parametrize('case', [missed(), Case('a', 0, ZEBRA, PONY, 'false positive', .1, 9, 0, 1, 1)], ids=['missed', 'false'])
+@pytest.mark.parametrize('case', [missed(), FailureCase('a', 0, ZEBRA, PONY, 'false positive', .1, 9, 0, 1, 1)], ids=['missed', 'false'])
 def test_wrong_pixels_are_of_the_true_class_and_the_reference_is_right(case):
     label, prediction = torch.tensor([[0, 0, 0, 1, -1, 2, 2, -1]]), torch.tensor([[1, 0, 2, 1, 1, 1, 0, 0]])
     wrong, right = regions(case, label, prediction)
@@ -629,8 +629,8 @@ def test_explained_failures_are_the_cases_with_their_blame_and_training_patch(he
 
 
 def test_the_worst_case_of_each_confusion_is_kept():
-    def case(wrong, true, predicted): return Case('a', 0, true, predicted, 'missed', .1, 9, wrong, 0, wrong)
-    back = Case('a', 0, ZEBRA, PONY, 'false positive', .1, 9, 0, 8, 8)                      # ponies taken for zebras too
+    def case(wrong, true, predicted): return FailureCase('a', 0, true, predicted, 'missed', .1, 9, wrong, 0, wrong)
+    back = FailureCase('a', 0, ZEBRA, PONY, 'false positive', .1, 9, 0, 8, 8)                      # ponies taken for zebras too
     a, b, c = case(9, PONY, ZEBRA), case(7, ZEBRA, PONY), case(5, PONY, ROAD)
     cases = [a, back, b, case(6, PONY, ZEBRA), c, case(1, ZEBRA, PONY)]
     assert [worst_of_each(cases, n) for n in (0, 1, 2, 9)] == [[], [a], [a, b], [a, b, c]]
