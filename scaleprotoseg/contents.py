@@ -116,7 +116,7 @@ PAPER_NOTEBOOKS = (
     PaperNotebook(_S, 'figure_20', 'Figure 20-25', 'scaleprotoseg'),
     PaperNotebook(_S, 'figure_26', 'Figure 26', 'scaleprotoseg'),
     PaperNotebook(_S, 'failure_cases', 'Figure 27-35', 'scaleprotoseg'),
-    PaperNotebook(_S, 'claims', '', 'protoseg or scaleprotoseg-one_scale or prototype_view-k1'),
+    PaperNotebook(_S, 'claims', '', 'protoseg or scaleprotoseg-one_scale or prototype_view-k1 or unet-zoomed'),
     PaperNotebook('families', 'overview', ''),
     PaperNotebook('families', 'held_out', '', 'protoseg or scaleprotoseg-plus', only=tuple(HELD_OUT)),
     PaperNotebook(_P, 'table_01', 'Table 1', 'protoseg-k4'),

@@ -9,7 +9,8 @@ __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'STEPS', 'WEIGHTS', '
            'em_recipes', 'other_split', 'em_supplement', 'plain_unet', 'every_third', 'pretrained_recipes',
            'published_data', 'legacy', 'taus', 'coco_weights', 'protoseg_ablations', 'claim_ablations', 'plus',
            'lovasz_last', 'after_projection', 'joint3x', 'plus3x', 'balanced_last', 'balanced_last3x', 'fixed_last',
-           'towards_supplement', 'no_zoom', 'group_ablations', 'apart', 'view_recipes', 'adamw', 'camvid', 'once']
+           'towards_supplement', 'from_supplement', 'no_zoom', 'group_ablations', 'apart', 'view_recipes', 'adamw',
+           'camvid', 'once']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -519,6 +520,10 @@ def towards_supplement(r: Recipe) -> list[Recipe]:
     "Not from the papers: each of what sets ProtoSeg's supplement apart, alone. Which of it makes its numbers higher?"
     return [no_zoom(r), changed(r, 'warped', data={'warp': Warp()}), plain_unet(r), every_third(r)]
 
+def from_supplement(r: Recipe) -> list[Recipe]:
+    "Not from the papers: ProtoSeg's supplement with the zoom of the other tables, and without its own distortion and blur."
+    return [changed(r, 'zoomed', data={'scale': (.5, 1.5)}), changed(r, 'unwarped', data={'warp': None})]
+
 def no_zoom(r: Recipe) -> Recipe:
     "Not from the papers: training images keep their size. Does a short training lose by zooming?"
     return changed(r, 'no_zoom', data={'scale': (1., 1.)})
@@ -548,7 +553,8 @@ for name in ('em', 'em-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('unet', 'protoseg', 'scaleprotoseg'))
     add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), balanced_last(scale), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))),
-            *apart(*map(joint3x, (find_recipe('em-quick', m) for m in ('unet', 'protoseg', 'scaleprotoseg'))), *towards_supplement(find_recipe('em-quick', 'unet')), no_zoom(find_recipe('em-quick', 'scaleprotoseg'))))
+            *apart(*map(joint3x, (find_recipe('em-quick', m) for m in ('unet', 'protoseg', 'scaleprotoseg'))), *towards_supplement(find_recipe('em-quick', 'unet')), no_zoom(find_recipe('em-quick', 'scaleprotoseg'))),
+            *apart(*from_supplement(find_recipe('em-supplement-quick', 'unet'))))
 _aug = find_recipe('pascal', 'scaleprotoseg')
 add_recipes(*apart(changed(_aug, 'push_train_aug', data={'splits': {**_aug.data.splits, 'push': {'split': 'train_aug'}}})))
 

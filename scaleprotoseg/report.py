@@ -358,6 +358,7 @@ _QUESTIONS = {   # variant -> what it asks
     'lovasz_last': 'What does a Lovász loss add to the stages after projection?', 'balanced_last': 'What if rare classes count more in the stages after projection?',
     'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?',
     'no_zoom': 'What if training images are not zoomed?', 'warped': 'What do a small distortion and blur add?',
+    'zoomed': 'What if training images are zoomed?', 'unwarped': 'What if training images are not distorted and blurred?',
     'plain': 'What if there is no ASPP, other inputs and no weight decay?', 'every_third': 'What if every third slice is held out?',
     'plus3x': 'What does better training add to a longer one?', 'balanced_last3x': 'What if rare classes count more in the stages after a longer training?'}
 
