@@ -359,7 +359,7 @@ _QUESTIONS = {   # variant -> what it asks
     'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?',
     'no_zoom': 'What if training images are not zoomed?', 'warped': 'What do a small distortion and blur add?',
     'zoomed': 'What if training images are zoomed?', 'unwarped': 'What if training images are not distorted and blurred?',
-    'plain': 'What if there is no ASPP, other inputs and no weight decay?', 'every_third': 'What if every third slice is held out?',
+    'plain': 'What if the network has no ASPP, another normalisation and no weight decay?', 'every_third': 'What if other slices are held out, every third?',
     'plus3x': 'What does better training add to a longer one?', 'balanced_last3x': 'What if rare classes count more in the stages after a longer training?'}
 
 _AGAINST = {'plus3x': 'joint3x', 'balanced_last3x': 'joint3x'}   # variants that vary another variant instead of the main recipe
@@ -409,7 +409,8 @@ def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                  asked: Iterable[Claim]) -> pd.DataFrame:
     """mIoU and used prototypes of both models of every claim, means over pairs; and mean and deviation of the pairs' difference.
 
-    A pair is a seed, on one division of the images into training and validation, that both models have."""
+    A pair is a seed, on one division of the images into training and validation, that both models have; but where the division is
+    what differs (`every_third`) it is a seed alone."""
     import pandas as pd
     mean, rows = lambda x: statistics.fmean(x) if x else None, []
     for c in asked:

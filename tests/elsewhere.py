@@ -1,17 +1,19 @@
-"""A device that is not there. What it holds lies in CPU tensors, which refuse to meet those of the CPU, as those of a GPU would.
+"""A device that is not there. What it holds lies in CPU tensors, and where tensors of two devices meet that must not, it refuses.
 
-    python elsewhere.py RUNS WORK [NOTEBOOK ...]
+    python elsewhere.py train RUNS WORK
+    python elsewhere.py notebooks RUNS WORK NOTEBOOK ...
 
-trains what is missing of the smoke experiment on it, continues a stopped training, runs paper notebooks on it, and prints what came
-out as JSON. A script of its own: a device cannot be taken away again."""
+The first trains the smoke experiment on it, continues a stopped training and uses a finished one, the second runs paper notebooks on
+it; both print what came out as JSON. Scripts, because a device cannot be taken away again. What a GPU cannot do or does in its own
+way (operators that it lacks, rounding, half precision, memory) is not seen here."""
 import json
 import os
 import shutil
 import signal
 import sys
 import traceback
-from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -28,8 +30,11 @@ class Backend(_DummyBackendModule):
 _setup_privateuseone_for_python_backend('elsewhere', Backend())
 DEVICE = torch.device('elsewhere', 0)
 aten = torch.ops.aten
-INDEX = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}   # indices may be on the CPU
+PUT = {aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+INDEX = {aten.index.Tensor, *PUT}                                                # their indices may be on the CPU
+NUMBERS = {aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.fill.Tensor, aten.fill_.Tensor, *PUT}   # take a number of the CPU, as pointwise operators do
 MOVES = {aten._to_copy.default, aten.copy_.default}
+ran = 0                                                                          # operators on this device so far
 
 
 class Elsewhere(torch.Tensor):
@@ -50,18 +55,30 @@ class Elsewhere(torch.Tensor):
 def is_elsewhere(device): return device is not None and torch.device(device).type == DEVICE.type
 
 
+def strangers(func, args, kwargs, tensors):
+    "Tensors of the CPU that an operator on this device must not be given: all but indices, and numbers that are only read."
+    if func in MOVES: return []
+    named = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+    written = {id(x) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write for x in tree_leaves(named.get(a.name))}
+    indices = {id(x) for x in args[1]} if func in INDEX and isinstance(args[0], Elsewhere) else set()
+    numbers = torch.Tag.pointwise in func.tags or func in NUMBERS
+    free = lambda x: isinstance(x, Elsewhere) or id(x) in indices or numbers and not x.dim() and id(x) not in written
+    return [x for x in tensors if not free(x)]
+
+
 def dispatch(func, args, kwargs):
-    "Run an operator on what the tensors hold; RuntimeError where a GPU would refuse."
+    "Run an operator on what the tensors hold; RuntimeError where devices must not meet."
+    global ran
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    away = [x for x in tensors if isinstance(x, Elsewhere)]
-    named = 'device' in kwargs and kwargs['device'] is not None
-    result_away = is_elsewhere(kwargs['device']) if named else bool(away)
-    if away and func not in MOVES:
-        strangers = [x for x in tensors if not isinstance(x, Elsewhere) and x.dim()]       # a number of the CPU may meet any tensor
-        if func in INDEX and isinstance(args[0], Elsewhere):
-            indices = {id(x) for x in args[1] if x is not None}
-            strangers = [x for x in strangers if id(x) not in indices]
-        if strangers: raise RuntimeError(f'{func}: expected all tensors on one device, but {[tuple(x.shape) for x in strangers]} are on the CPU')
+    away, place = [x for x in tensors if isinstance(x, Elsewhere)], kwargs.get('device')
+    result_away = is_elsewhere(place) if place is not None else bool(away)
+    if not away and not result_away: return func(*args, **kwargs)
+    if not result_away and torch.device(place).type != 'cpu': raise NotImplementedError(f'{func} from {DEVICE} to {place}')
+    if away and (wrong := strangers(func, args, kwargs, tensors)):
+        raise RuntimeError(f'{func}: expected all tensors on one device, but {[tuple(x.shape) for x in wrong]} are on the CPU')
+    if kwargs.get('generator') is not None: raise RuntimeError(f'{func}: expected a generator of {DEVICE}, not of the CPU')
+    if torch.Tag.inplace_view in func.tags: raise NotImplementedError(f'{func}: the shape of a tensor of {DEVICE} is fixed')
+    ran += 1
     kwargs = {k: v for k, v in kwargs.items() if k not in ('device', 'pin_memory')}
     out = func(*tree_map_only(Elsewhere, lambda x: x.held, args), **tree_map_only(Elsewhere, lambda x: x.held, kwargs))
     if func is aten.copy_.default: return args[0]
@@ -92,9 +109,8 @@ class Below(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def elsewhere():
-    "The package has this device, and takes it for `auto`. Before the modules that ask are imported."
+def pretend():
+    "The package has this device from now on, and takes it for `auto`. Before the modules that ask for a device are imported."
     import scaleprotoseg.model as model
     there = model.pick_device
     model.pick_device = lambda name='auto': DEVICE if name == 'auto' or is_elsewhere(name) else there(name)
@@ -109,21 +125,28 @@ def elsewhere():
     fabric = training.make_fabric
     training.make_fabric = lambda device, precision, devices=0: \
         Fabric(accelerator=Accelerator(), strategy=SingleDeviceStrategy(device=DEVICE)) if is_elsewhere(device) else fabric(device, precision, devices)
-    with Factories(), Below(): yield
 
 
 def refusals():
     "Whether each mistake is refused, by name."
-    here, there = torch.rand(3), torch.rand(3, device=DEVICE)
-    tries = {'sum': lambda: here + there, 'matrix': lambda: there @ here, 'write': lambda: there.add_(here), 'index': lambda: here[there > 2],
-             'put': lambda: there.index_put_((torch.tensor([0, 1]),), here[:2]), 'where': lambda: torch.where(there > 0, here, there),
-             'numpy': there.numpy, 'asarray': lambda: np.asarray(there)}
-    found = {}
-    for name, mistake in tries.items():
-        try: mistake()
-        except (RuntimeError, TypeError): found[name] = True
-        else: found[name] = False
-    return found
+    here, there, index, number = torch.rand(3), torch.rand(3, device=DEVICE), torch.tensor([0, 1]), torch.zeros(())
+    tries = {
+        'sum': lambda: here + there, 'matrix': lambda: there @ here, 'cat': lambda: torch.cat([here, there]), 'where': lambda: torch.where(there > 0, here, there),
+        'add to': lambda: there.add_(here), 'add to a number': lambda: number.add_(there.sum()), 'out': lambda: torch.add(there, there, out=here),
+        'stack numbers': lambda: torch.stack([there[0], number]), 'index': lambda: here[there > 2], 'put': lambda: there.index_put_((index,), here[:2]),
+        'gather': lambda: there.gather(0, index), 'generator': lambda: there.normal_(generator=torch.Generator()),
+        'numpy': there.numpy, 'asarray': lambda: np.asarray(there)}
+    return {name: bool(said(mistake)) for name, mistake in tries.items()}
+
+
+def allowed():
+    "How each thing that is no mistake failed, by name."
+    there, index, number = torch.rand(3, device=DEVICE), torch.tensor([0, 1]), torch.ones(())
+    def put(): there[index] = number
+    tries = {'number': lambda: there.add_(number), 'index': lambda: there[index], 'mask': lambda: there[torch.tensor([True, False, True])], 'put': put,
+             'fill': lambda: there.masked_fill(there > 0, number), 'copy': lambda: torch.zeros(3).copy_(there), 'item': lambda: float(there.sum()),
+             'list': there.tolist, 'numpy': lambda: there.cpu().numpy(), 'meta': lambda: torch.empty(3, device='meta').device.type == 'meta' or 1 / 0}
+    return {name: said(act) for name, act in tries.items()}
 
 
 def scores(folder): return {k: v for k, v in json.loads((folder / 'metrics.json').read_text()).items() if k not in ('memory_mb', 'seconds_training')}
@@ -142,10 +165,10 @@ def continued(out, method, stage):
     def ask(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return losses(*args, **kwargs)
-    training.stage_losses, training.READ_EVERY = ask, 1
-    while True:
-        try: return scores(training.run_stage('smoke', method, stage, out=out, device=str(DEVICE))), sessions
-        except training.Interrupted: sessions += 1
+    with mock.patch.object(training, 'stage_losses', ask), mock.patch.object(training, 'READ_EVERY', 1):
+        while True:
+            try: return scores(training.run_stage('smoke', method, stage, out=out, device=str(DEVICE))), sessions
+            except training.Interrupted: sessions += 1
 
 
 def run_notebook(path, **values):
@@ -181,18 +204,29 @@ def use(folder, work):
     export(folder, work / 'exported', split='val', device=str(DEVICE))
 
 
-def main(out, work, *notebooks):   # folders
+def train(runs, work):
+    "Mistakes and what is none; scores there and here, by method and stage; how using a finished stage failed; a continued training."
     from scaleprotoseg.recipes import recipes_of
-    found = {'refused': refusals(), 'elsewhere': {r.name.split('/')[1]: trained(out, r.method, DEVICE, r.variant) for r in recipes_of('smoke')}}
+    found = {'refused': refusals(), 'allowed': allowed()}
+    found['elsewhere'] = {r.name.split('/')[1]: trained(runs, r.method, DEVICE, r.variant) for r in recipes_of('smoke')}
     found['here'] = {method: trained(work / 'here', method, 'cpu') for method in ('pretrain', 'linear', 'protoseg', 'scaleprotoseg', 'prototype_view')}
-    found['use'] = said(use, out / 'smoke/scaleprotoseg/seed0/threshold', work)
-    values = dict(experiment='smoke', runs=str(out), out=str(work / 'figures'))
-    found['notebooks'] = {name: said(run_notebook, Path('nbs/paper') / f'{name}.ipynb', **values) for name in notebooks}
-    shutil.copytree(out / 'smoke/pretrain', work / 'continued/smoke/pretrain')
+    found['use'] = said(use, runs / 'smoke/scaleprotoseg/seed0/threshold', work)
+    shutil.copytree(runs / 'smoke/pretrain', work / 'continued/smoke/pretrain')
     found['continued'], found['sessions'] = continued(work / 'continued', 'prototype_view', 'joint')
+    return found
+
+
+def notebooks(runs, work, *names):
+    "How each failed, and how many operators it ran on the device."
+    found, values = {}, dict(experiment='smoke', runs=str(runs), out=str(work / 'figures'))
+    for name in names:
+        before = ran
+        found[name] = said(run_notebook, Path('nbs/paper') / f'{name}.ipynb', **values), ran - before
     return found
 
 
 if __name__ == '__main__':
     os.environ.setdefault('MPLBACKEND', 'agg')
-    with elsewhere(): print(json.dumps(main(*map(Path, sys.argv[1:3]), *sys.argv[3:])))
+    pretend()
+    with Factories(), Below():
+        print(json.dumps({'train': train, 'notebooks': notebooks}[sys.argv[1]](*map(Path, sys.argv[2:4]), *sys.argv[4:])))

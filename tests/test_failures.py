@@ -630,7 +630,7 @@ def test_explained_failures_are_the_cases_with_their_blame_and_training_patch(he
 
 def test_the_worst_case_of_each_confusion_is_kept():
     def case(wrong, true, predicted): return FailureCase('a', 0, true, predicted, 'missed', .1, 9, wrong, 0, wrong)
-    back = FailureCase('a', 0, ZEBRA, PONY, 'false positive', .1, 9, 0, 8, 8)                      # ponies taken for zebras too
+    back = FailureCase('a', 0, ZEBRA, PONY, 'false positive', .1, 9, 0, 8, 8)                # ponies taken for zebras too
     a, b, c = case(9, PONY, ZEBRA), case(7, ZEBRA, PONY), case(5, PONY, ROAD)
     cases = [a, back, b, case(6, PONY, ZEBRA), c, case(1, ZEBRA, PONY)]
     assert [worst_of_each(cases, n) for n in (0, 1, 2, 9)] == [[], [a], [a, b], [a, b, c]]

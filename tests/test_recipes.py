@@ -90,7 +90,8 @@ def test_ablations_change_what_they_say_and_nothing_else():
         a, b = asdict(replace(r, experiment='', variant='')), asdict(replace(main, experiment='', variant=''))
         assert a != b, r.name
         of_model = r.variant in ('k1', 'k4', 'k5', 'k20', 'k50', 'd128', 'd256', 'one_scale', 'coco')
-        expected = {'model'} if of_model else {'data'} if r.variant == 'push_train_aug' else {'model', 'stages'} if r.variant == 'sgd_coco' else {'stages'}
+        of_data = r.variant in ('push_train_aug', 'no_zoom', 'warped', 'every_third', 'zoomed', 'unwarped')
+        expected = {'model'} if of_model else {'data'} if of_data else {'model', 'stages'} if r.variant in ('sgd_coco', 'plain') else {'stages'}
         assert {k for k in a if a[k] != b[k]} == expected, r.name
 
 
