@@ -2,16 +2,19 @@
 
     python elsewhere.py train RUNS WORK
     python elsewhere.py notebooks RUNS WORK NOTEBOOK ...
+    python elsewhere.py miniatures RUNS WORK EXPERIMENT/METHOD[-VARIANT] ...
 
 The first trains the smoke experiment on it, continues a stopped training and uses a finished one, the second runs paper notebooks on
-it; both print what came out as JSON. Scripts, because a device cannot be taken away again. What a GPU cannot do or does in its own
+it, the third other recipes as `test_methods` does; all print what came out as JSON. Scripts, because a device cannot be taken away again. What a GPU cannot do or does in its own
 way (operators that it lacks, rounding, half precision, memory) is not seen here."""
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -225,8 +228,24 @@ def notebooks(runs, work, *names):
     return found
 
 
+def miniatures(runs, work, *names):
+    "How each failed."
+    from test_methods import miniature, shrunk
+
+    from scaleprotoseg.recipes import add_recipes, find_recipe
+    from scaleprotoseg.training import run_method
+    found = {}
+    for name in names:
+        experiment, method, variant = re.fullmatch(r'(.*)/([^-]*)-?(.*)', name).groups()
+        recipe = replace(shrunk(find_recipe(experiment, method, variant)), experiment=experiment + '-mini')
+        add_recipes(recipe)
+        if not (data := work / recipe.data.dataset).exists(): miniature(recipe.data.dataset, data)
+        found[name] = said(run_method, recipe.experiment, method, variant, out=runs, data_root=data, device=str(DEVICE))
+    return found
+
+
 if __name__ == '__main__':
     os.environ.setdefault('MPLBACKEND', 'agg')
     pretend()
     with Factories(), Below():
-        print(json.dumps({'train': train, 'notebooks': notebooks}[sys.argv[1]](*map(Path, sys.argv[2:4]), *sys.argv[4:])))
+        print(json.dumps({'train': train, 'notebooks': notebooks, 'miniatures': miniatures}[sys.argv[1]](*map(Path, sys.argv[2:4]), *sys.argv[4:])))

@@ -72,3 +72,11 @@ def test_notebook(notebook, shown):
 def test_all_other_notebooks(found, runs):
     failed = {name: why for name, (why, _) in run('notebooks', runs, runs / 'others', *OTHERS).items() if why}
     assert not failed, failed
+
+
+@pytest.mark.slow
+def test_other_recipes_train(tmp_path):
+    names = ('em/scaleprotoseg', 'pascal/scaleprotoseg', 'pascal-ablations/protoseg-legacy', 'pascal-ablations/deeplabv2-sgd', 'cocostuff/prototype_view',
+             'cityscapes-hrnet/prototype_view-legacy', 'ade20k-segformer/prototype_view')
+    failed = {name: why for name, why in run('miniatures', tmp_path / 'runs', tmp_path / 'work', *names).items() if why}
+    assert not failed, failed
