@@ -557,7 +557,8 @@ for name in ('em', 'em-quick'):
     box, proto, scale = (find_recipe(name, m) for m in ('unet', 'protoseg', 'scaleprotoseg'))
     add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), balanced_last(scale), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))),
-            *apart(*map(joint3x, (find_recipe('em-quick', m) for m in ('unet', 'protoseg', 'scaleprotoseg'))), *(step(find_recipe('em-quick', 'unet')) for step in IN_SUPPLEMENT), no_zoom(find_recipe('em-quick', 'scaleprotoseg'))),
+            *apart(*map(joint3x, (find_recipe('em-quick', m) for m in ('unet', 'protoseg', 'scaleprotoseg')))),
+            *apart(*(step(find_recipe('em-quick', 'unet')) for step in IN_SUPPLEMENT), no_zoom(find_recipe('em-quick', 'scaleprotoseg'))),
             *apart(*from_supplement(find_recipe('em-supplement-quick', 'unet'), find_recipe('em-quick', 'unet'))))
 _aug = find_recipe('pascal', 'scaleprotoseg')
 add_recipes(*apart(changed(_aug, 'push_train_aug', data={'splits': {**_aug.data.splits, 'push': {'split': 'train_aug'}}})))

@@ -5,8 +5,8 @@
     python elsewhere.py miniatures RUNS WORK EXPERIMENT/METHOD[-VARIANT] ...
 
 The first trains the smoke experiment on it, continues a stopped training and uses a finished one, the second runs paper notebooks on
-it, the third other recipes as `test_methods` does; all print what came out as JSON. Scripts, because a device cannot be taken away again. What a GPU cannot do or does in its own
-way (operators that it lacks, rounding, half precision, memory) is not seen here."""
+it, the third other recipes as `test_methods` does; all print what came out as JSON. Scripts, because a device cannot be taken away
+again. What a GPU cannot do or does in its own way (operators that it lacks, rounding, half precision, memory) is not seen here."""
 import json
 import os
 import re
