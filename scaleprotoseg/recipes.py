@@ -9,7 +9,7 @@ __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'IN_SUPPLEMENT', 'STE
            'partscapes_recipes', 'em_recipes', 'other_split', 'em_supplement', 'no_zoom', 'warped', 'plain_unet',
            'every_third', 'pretrained_recipes', 'published_data', 'legacy', 'taus', 'coco_weights',
            'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'after_projection', 'joint3x', 'plus3x',
-           'balanced_last', 'balanced_last3x', 'fixed_last', 'from_supplement', 'group_ablations', 'apart',
+           'no_zoom3x', 'balanced_last', 'balanced_last3x', 'fixed_last', 'from_supplement', 'group_ablations', 'apart',
            'view_recipes', 'adamw', 'camvid', 'once']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
@@ -515,6 +515,10 @@ def plus3x(r: Recipe) -> Recipe:
     "Not from the papers: `plus` with the updates of `joint3x`. Is there anything left to gain by weights when the training is longer?"
     return replace(joint3x(plus(r)), variant='plus3x')
 
+def no_zoom3x(r: Recipe) -> Recipe:
+    "Not from the papers: `no_zoom` with the updates of `joint3x`. Do both together reach the published numbers?"
+    return replace(joint3x(no_zoom(r)), variant='no_zoom3x')
+
 def balanced_last(r: Recipe) -> Recipe:
     "Not from the papers: rare classes count more in the stages after projection. Is it that there are so few pixels of them?"
     return changed(r, 'balanced_last', balance=after_projection(r, .5))
@@ -558,7 +562,8 @@ for name in ('em', 'em-quick'):
     add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), balanced_last(scale), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))),
             *apart(*map(joint3x, (find_recipe('em-quick', m) for m in ('unet', 'protoseg', 'scaleprotoseg')))),
-            *apart(*(step(find_recipe('em-quick', 'unet')) for step in IN_SUPPLEMENT), no_zoom(find_recipe('em-quick', 'scaleprotoseg'))),
+            *apart(*(step(find_recipe('em-quick', 'unet')) for step in IN_SUPPLEMENT),
+                   *(step(find_recipe('em-quick', 'scaleprotoseg')) for step in (no_zoom, no_zoom3x))),
             *apart(*from_supplement(find_recipe('em-supplement-quick', 'unet'), find_recipe('em-quick', 'unet'))))
 _aug = find_recipe('pascal', 'scaleprotoseg')
 add_recipes(*apart(changed(_aug, 'push_train_aug', data={'splits': {**_aug.data.splits, 'push': {'split': 'train_aug'}}})))
