@@ -357,7 +357,7 @@ _QUESTIONS = {   # variant -> what it asks
     'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does better training add?',
     'lovasz_last': 'What does a Lovász loss add to the stages after projection?', 'balanced_last': 'What if rare classes count more in the stages after projection?',
     'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?',
-    'no_zoom': 'What if training images are not zoomed?', 'no_zoom3x': 'What if they are not zoomed in a longer training?',
+    'no_zoom': 'What if training images are not zoomed?', 'no_zoom3x': 'What if training images are not zoomed in a longer training?',
     'warped': 'What do a small distortion and blur add?',
     'zoomed': 'What if training images are zoomed?', 'unwarped': 'What if training images are not distorted and blurred?',
     'plain': 'What if the network has no ASPP, another normalisation and no weight decay?', 'every_third': 'What if other slices are held out, every third?',
