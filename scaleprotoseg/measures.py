@@ -24,8 +24,9 @@ from .metrics import average_weight, extra_parameters
 from .model import Model
 from .protocols import Evaluation
 from .recipes import Recipe
-from .report import (BETTER, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, finished_seeds, open_run,
+from .report import (BETTER, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, open_run,
                                   published_references, summarise)
+from .records import Finished, finished_seeds, read_record
 from .runs import commit, device_name, run_folder
 from .scales import spread
 from .training import results
@@ -216,17 +217,20 @@ def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, dat
 
 def held_out(runs: str | Path,
              frame: pd.DataFrame,  # of `collect(…, with_main=True)`
-             asked: Sequence[Claim], data_root: str | Path = '', device: str = 'auto') -> tuple[pd.DataFrame, pd.DataFrame]:
+             asked: Sequence[Claim], data_root: str | Path = '', device: str = 'auto',
+             recorded: str | Path = '',  # as for `collect`
+            ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of `frame` behind some claims, with `miou` and `accuracy` in percent on `HELD_OUT` images and what they were as `val_miou`; and the IoU
     in percent of every class there (a row each: method, variant, stage, seed, class, iou).
 
     What cannot be measured, because images or a backbone are not there, is said and left out. ValueError if runs were measured on different images."""
     import pandas as pd
     recipes = {(c.recipe.method, c.recipe.variant): c.recipe for claim in asked for c in (claim.this, claim.against)}
+    kept = {e: read_record(e, recorded) for e in {r.experiment for r in recipes.values()}} if recorded else {}
     found, scores, classes = claims_runs(frame, asked), {}, []
     for r in found.itertuples():
         if not (recipe := recipes.get((r.method, r.variant))): continue       # of another division of the images
-        try: s = held_out_scores(runs, recipe, r.seed, r.stage, data_root, device)
+        try: s = _recorded_scores(kept[recipe.experiment], recipe, r) if r.recorded else held_out_scores(runs, recipe, r.seed, r.stage, data_root, device)
         except FileNotFoundError as e:
             print(f'{recipe.name} seed {r.seed} {r.stage} is not measured: {e}')
             continue
@@ -238,6 +242,11 @@ def held_out(runs: str | Path,
     found = found.loc[list(scores)].assign(val_miou=lambda f: f.miou)
     for k in ('miou', 'accuracy', 'data'): found[k] = [s[k] for s in scores.values()]
     return found, pd.DataFrame(classes, columns=['method', 'variant', 'stage', 'seed', 'class', 'iou'])
+
+def _recorded_scores(kept, recipe, row) -> dict:
+    key = Finished(recipe, row.seed, row.stage, {}, None).key
+    if 'held_out' not in kept[key].facts: raise FileNotFoundError(f'{key} is recorded without them')
+    return kept[key].facts['held_out']
 
 def held_out_table(found: pd.DataFrame, asked: Iterable[Claim]) -> pd.DataFrame:
     "One row per model of the claims: mIoU in percent on the images of `held_out` and on those of validation, means over seeds, and their deviations."

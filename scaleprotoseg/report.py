@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 import statistics
 import tarfile
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .basics import from_root, lookup, replace_file, write_json
 from .catalogue import CATALOGUE
@@ -30,7 +28,7 @@ from .interpretability import used_prototypes
 from .model import Model, load_model, pick_device, read_config
 from .notebooks import NotebookFailed, _read_notebook, run_cells
 from .recipes import Recipe, experiments, find_recipe, recipes_of
-from .runs import is_finished, read_metrics, run_folder
+from .records import COLUMNS, Finished, collect, finished, finished_stage, stage_facts, verified, verify
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,65 +36,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['COLUMNS', 'PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BETTER', 'collect', 'finished_stage',
-           'finished_seeds', 'published', 'recipe_table', 'published_recipe', 'published_recipes', 'compare',
-           'summarise', 'whole', 'find_published', 'compared', 'other_draws', 'published_references', 'accuracy_table',
-           'steps_table', 'plain_table', 'Case', 'size_cases', 'diversity_cases', 'threshold_cases', 'weight_cases',
-           'entropy_cases', 'ablation_table', 'Claim', 'claims', 'claims_table', 'claims_runs', 'shown', 'save_table',
-           'save_figure', 'distinct', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'Run', 'open_run',
-           'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title', 'write_contents', 'build_report',
-           'save_results', 'pack_results']
-
-# %% ../nbs/15_report.ipynb #cell-05
-COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
-           'steps', 'seconds', 'memory_mb', 'cuda_mb', 'device', 'commit', 'recipe', 'finished', 'data')
-
-def collect(runs: str | Path,  # folder of all runs
-            experiment: str,
-            with_main: bool = False, # an experiment of ablations together with the one that it varies
-           ) -> pd.DataFrame:  # columns `COLUMNS`
-    """All finished stages of an experiment; `miou` and `accuracy` in percent, memory in MB.
-
-    Prototype counts as in `metrics.json`; a black box has none. Unknown experiments raise KeyError."""
-    import pandas as pd
-    recipes = known_recipes(experiment)
-    if with_main and is_ablation(experiment): recipes = known_recipes(main_experiment(experiment)) + recipes
-    rows = [_facts(r, seed, stage.name, folder) for r in recipes for seed in _seeds(runs, r)
-            for stage in r.stages if (folder := finished_stage(runs, r, seed, stage.name))]
-    return pd.DataFrame(rows, columns=list(COLUMNS))
-
-def _seeds(runs, recipe) -> list[int]:
-    names = [p.name[4:] for p in run_folder(runs, recipe, 0).parent.glob('seed*')]
-    return sorted(int(n) for n in names if n.isdigit())
-
-def finished_stage(runs: str | Path, recipe: Recipe, seed: int,
-                   stage: str = '',  # '' is the last
-                  ) -> Path | None:
-    "The folder of a finished stage; None if there is none, or (with a warning) if another recipe made it."
-    stage = stage or recipe.last.name
-    folder, digest = run_folder(runs, recipe, seed, stage), recipe.digest(stage)
-    if not is_finished(folder): return None
-    made_by = _read_json(folder / 'recipe.json') or digest
-    if made_by == digest: return folder
-    warnings.warn(f'{folder} left out: made by recipe {made_by}, which is now {digest}', stacklevel=2)
-    return None
-
-def finished_seeds(runs: str | Path, recipe: Recipe, stage: str = '') -> list[int]:
-    "The seeds with which a stage ('' is the last) was finished."
-    return [seed for seed in _seeds(runs, recipe) if finished_stage(runs, recipe, seed, stage)]
-
-def _read_json(path: Path) -> Any: return json.loads(path.read_text()) if path.is_file() else {}
-
-# %% ../nbs/15_report.ipynb #cell-06
-def _facts(recipe: Recipe, seed: int, stage: str, folder: Path) -> dict:
-    "One row of `collect`."
-    m, p = read_metrics(folder), _read_json(folder / 'provenance.json')
-    counts, memory, val = m.get('prototypes', {}), m.get('memory_mb', {}), p.get('data', {}).get('val', {})
-    percent = {k: 100 * m[k] for k in ('miou', 'accuracy') if k in m}
-    return {'method': recipe.method, 'variant': recipe.variant, 'stage': stage, 'seed': seed, **percent, **counts,
-            'steps': m.get('steps'), 'memory_mb': memory.get('process'), 'cuda_mb': memory.get('cuda'),
-            **{k: p.get(k) for k in ('seconds', 'device', 'commit', 'recipe', 'finished')},
-            'data': f'{val["dataset"]}, {val["images"]} validation images' if val else recipe.data.dataset}
+__all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BETTER', 'published', 'recipe_table',
+           'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published', 'compared',
+           'other_draws', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case', 'size_cases',
+           'diversity_cases', 'threshold_cases', 'weight_cases', 'entropy_cases', 'ablation_table', 'Claim', 'claims',
+           'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure', 'distinct', 'provenance_text',
+           'duration', 'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of', 'busiest_classes',
+           'plot_comparison', 'read_title', 'write_contents', 'build_report', 'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-11
 def published(name: str,                              # e.g. scaleprotoseg_table_01
@@ -502,12 +448,13 @@ def provenance_text(frame: pd.DataFrame) -> str:
     frame = distinct(frame)
     def values(column): return sorted({str(v) for v in frame[column].dropna()})
     commits = [c[:10] + ('-dirty' if c.endswith('-dirty') else '') for c in values('commit')]
-    finished = values('finished')
+    dates, kept = values('finished'), int(frame.recorded.eq(True).sum())
     parts = [f'seed{"s" * (frame.seed.nunique() > 1)} {", ".join(values("seed"))}', *values('data'), *values('device')]
     if commits: parts.append('commit ' + ', '.join(dict.fromkeys(commits)))
     if values('recipe'): parts.append('recipes ' + ', '.join(values('recipe')))
     if total := frame.seconds.dropna().sum(): parts.append(f'{duration(total)} of computing')
-    if finished: parts.append(f'finished {finished[-1][:10]}')
+    if dates: parts.append(f'finished {dates[-1][:10]}')
+    if kept: parts.append(f'{kept} of {len(frame)} as recorded')
     return 'Runs: ' + '; '.join(parts) + '.'
 
 def duration(seconds: float) -> str:
@@ -570,7 +517,7 @@ def open_run(runs: str | Path, experiment: str, method: str, variant: str = '', 
         raise FileNotFoundError(f'no finished {stage} of {recipe.name} with seed {seed} in {runs}; run `{command} --seed {seed}`')
     model, labels = load_model(folder).to(pick_device(device)), Labels.from_dict(read_config(folder)['labels'])
     atlas = read_atlas(folder) if (folder / 'prototypes.json').is_file() else None
-    return Run(recipe, seed, folder, model, labels, atlas, _facts(recipe, seed, stage, folder))
+    return Run(recipe, seed, folder, model, labels, atlas, Finished(recipe, seed, stage, stage_facts(folder), folder).row)
 
 def provenance_of(*opened: Run) -> str:
     "Seeds, data, device, commit and recipes of what a figure shows."
@@ -721,8 +668,8 @@ def _sections(folder: Path, experiment: str) -> str:
                    for p, title in _papers(experiment).items())
 
 # %% ../nbs/15_report.ipynb #cell-63
-def _what_was_run(frame: pd.DataFrame, experiment: str) -> dict[str, str]:
-    "Methods, time, memory and provenance of an experiment, as text."
+def _what_was_run(frame: pd.DataFrame, experiment: str, again: pd.DataFrame) -> dict[str, str]:
+    "Methods, time, memory and provenance of an experiment, and whether scores are the recorded ones, as text."
     methods, once = [r.name.split('/')[1] for r in known_recipes(experiment)], distinct(frame)
     done = {f'{m}-{v}' if v else m for m, v in zip(frame.method, frame.variant)}
     memory = {'process': frame.memory_mb.max(), 'accelerator': frame.cuda_mb.max()}
@@ -731,19 +678,8 @@ def _what_was_run(frame: pd.DataFrame, experiment: str) -> dict[str, str]:
              'Not run': ', '.join(m for m in methods if m not in done),
              'Stages': f'{len(once)} finished, {duration(once.seconds.dropna().sum())} in total',
              'Peak memory': ', '.join(peaks),
-             'Provenance': provenance_text(once.assign(recipe=None))}
-
-def _records(runs: str | Path, frame: pd.DataFrame, experiment: str) -> dict[str, dict]:
-    "What made every finished stage and what came out, by `method/seed/stage`."
-    found = {}
-    for r in frame.itertuples():
-        recipe = find_recipe(experiment, r.method, r.variant)
-        folder = run_folder(runs, recipe, r.seed, r.stage)
-        metrics = {k: v for k, v in read_metrics(folder).items() if k in ('miou', 'accuracy', 'iou', 'prototypes', 'steps')}
-        others = {k: v for k, v in _read_json(folder / 'held_out.json').items() if k not in ('confusion', 'prototypes')}
-        found[f'{recipe.name.split("/")[1]}/seed{r.seed}/{r.stage}'] = {**_read_json(folder / 'provenance.json'), 'metrics': metrics,
-                                                                      **({'held_out': others} if others else {})}
-    return found
+             'Provenance': provenance_text(once.assign(recipe=None)),
+             'Against the record': verified(again)}
 
 def _terms(experiment: str) -> dict[str, str]:
     "Of the data that pictures show, unless they are drawn by this package: name -> terms."
@@ -756,9 +692,8 @@ def _notice(experiment: str) -> str:
     return '\n'.join(['# Pictures of other people\'s data', '', 'Pictures in this folder, and in its report and notebooks, show images and labels of', '',
                       *lines, '', 'The licence of this package does not cover them. Whom to cite: `data/README.md`.', ''])
 
-def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame | None) -> str:
+def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame | None, facts: dict[str, str]) -> str:
     "Html: what was run, and the main table."
-    facts = _what_was_run(frame, experiment)
     table = accuracy_table(frame, experiment, reference)
     what, hidden = ('variant', {'published_std'}) if is_ablation(experiment) else ('method', {'published_std', 'variant'})
     if reference is None: hidden |= {c for c in table if c.startswith('published')} | {'difference'}
@@ -769,13 +704,14 @@ def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame | Non
             + _html_frame(table[[c for c in table if c not in hidden]])
             + f'<p class="caption">mIoU in percent of the stages named, those that the papers report, of each {what}{escape(beside)}</p>')
 
-def _appendix(frame: pd.DataFrame, experiment: str) -> str:
-    "Html: every run and every recipe, folded."
+def _appendix(frame: pd.DataFrame, experiment: str, again: pd.DataFrame) -> str:
+    "Html: every run, those that are recorded beside their record, and every recipe, folded."
     runs = frame[[c for c in COLUMNS if c not in ('total', 'group_average', 'steps', 'cuda_mb', 'commit', 'data')]]
     runs = runs.assign(**{c: frame[c].astype('Int64') for c in ('alive', 'active', 'memory_mb')})
     recipes = ''.join(f'<h3>{escape(r.name)}</h3>' + _html_table(_cells(r.table())) for r in known_recipes(experiment))
     return ('<h2 id="runs">Runs and recipes</h2>'
             f'<details><summary>Every finished stage</summary>{_html_frame(runs)}</details>'
+            f'<details><summary>Beside the record</summary>{_html_frame(again)}</details>'
             f'<details><summary>Every recipe</summary>{recipes}</details>')
 
 def _cells(markdown: str) -> list[list[str]]:
@@ -795,43 +731,49 @@ def write_contents(figures: str | Path = 'figures', folder: str | Path = 'data/p
 # %% ../nbs/15_report.ipynb #cell-65
 def build_report(experiment: str, figures: str | Path = 'figures', runs: str | Path = 'runs',
                  folder: str | Path = 'data/published',  # of the published tables
+                 recorded: str | Path = '',              # as for `finished`
                 ) -> Path:
     """Write `<figures>/<experiment>/report.html`, one page that holds everything, `summary.md`, `provenance.json` (what made each
     finished stage, and its scores) and, if the data have terms of their own, `NOTICE.md`; renew `<figures>/contents.md`.
 
     FileNotFoundError if nothing was run."""
-    frame, out = collect(runs, experiment), Path(figures) / experiment
+    stages, again, out = finished(runs, experiment, recorded), verify(runs, experiment), Path(figures) / experiment
+    frame = collect(runs, experiment, recorded=recorded)
     if not len(frame):
         raise FileNotFoundError(f'no finished stage of {experiment} in {runs}; run `scaleprotoseg reproduce '
                                 f'--experiment {experiment}`')
     name = main_table(experiment)
-    summary = _summary(frame, experiment, published(name, folder) if name else None)
+    facts = _what_was_run(frame, experiment, again)
+    summary = _summary(frame, experiment, published(name, folder) if name else None, facts)
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>scaleprotoseg: {experiment}</title>'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
             f'<h1>Experiment {experiment}</h1>{summary}{_contents(out, experiment)}'
-            f'{_sections(out, experiment)}{_appendix(frame, experiment)}</body></html>\n')
+            f'{_sections(out, experiment)}{_appendix(frame, experiment, again)}</body></html>\n')
     out.mkdir(parents=True, exist_ok=True)
-    lines = ''.join(f'- {k}: {v}\n' for k, v in _what_was_run(frame, experiment).items() if v)
+    lines = ''.join(f'- {k}: {v}\n' for k, v in facts.items() if v)
     replace_file(out / 'summary.md', lambda p: p.write_text(lines, encoding='utf-8'))
-    write_json(out / 'provenance.json', _records(runs, frame, experiment))
+    write_json(out / 'provenance.json', {f.key: f.facts for f in stages})
     if _terms(experiment): replace_file(out / 'NOTICE.md', lambda p: p.write_text(_notice(experiment), encoding='utf-8'))
     replace_file(out / 'report.html', lambda p: p.write_text(page, encoding='utf-8'))
     write_contents(figures, folder)
     return out / 'report.html'
 
 # %% ../nbs/15_report.ipynb #cell-travel-1
-def save_results(experiment: str, runs: str | Path = 'runs', figures: str | Path = 'figures', data_root: str | Path | None = None) -> Path:
+def save_results(experiment: str, runs: str | Path = 'runs', figures: str | Path = 'figures', data_root: str | Path | None = None,
+                 recorded: str | Path = '',   # as for `finished`: for the notebooks that read scores alone
+                ) -> Path:
     """Run the reading notebooks of an experiment in this process, see `run_cells`; returns the folder of what they saved.
 
     One that fails (what it shows was not run, say) stops no other; `NotebookFailed` names all of them in the end."""
     import matplotlib.pyplot as plt
     from tqdm import tqdm
     known, failed = {'experiment': experiment, 'runs': str(runs), 'out': str(figures)}, []
+    asked = {k: str(v) for k, v in {'data_root': data_root, 'recorded': recorded}.items() if v}
     for paper, name in tqdm(paper_notebooks(experiment), desc=f'{experiment} tables and figures'):
         source = _source(paper, name)
         if not source.is_file(): raise FileNotFoundError(f'there is no notebook {source}; run this in a checkout of the repository')
-        takes_data = any('data_root' in ''.join(c['source']) for c in _read_notebook(source)['cells'] if 'parameters' in c['metadata'].get('tags', ()))
-        try: run_cells(source, known | ({'data_root': str(data_root)} if data_root and takes_data else {}))
+        taken = ''.join(line for c in _read_notebook(source)['cells'] if 'parameters' in c['metadata'].get('tags', ()) for line in c['source'])
+        try: run_cells(source, known | {k: v for k, v in asked.items() if f'{k}:' in taken})
         except NotebookFailed as e: failed.append(str(e))
         plt.close('all')
     if failed: raise NotebookFailed(f'{len(failed)} of {len(paper_notebooks(experiment))} notebooks failed:\n' + '\n'.join(failed))
@@ -842,8 +784,7 @@ def pack_results(experiment: str, archive: str | Path, runs: str | Path = 'runs'
 
     Files that stages share are in it once, as hard links. Its folders are `runs` and `figures` whatever they are called here.
     FileNotFoundError if nothing was run."""
-    recipes, archive = known_recipes(experiment), Path(archive)
-    stages = [folder for r in recipes for seed in _seeds(runs, r) for s in r.stages if (folder := finished_stage(runs, r, seed, s.name))]
+    archive, stages = Path(archive), [f.folder for f in finished(runs, experiment)]
     if not stages: raise FileNotFoundError(f'no finished stage of {experiment} in {runs}; run `scaleprotoseg train {experiment}`')
     files = {Path('runs') / p.relative_to(runs): p for folder in stages for p in sorted(folder.iterdir())
              if p.is_file() and not p.name.startswith('.') and 'backbone' not in p.name}

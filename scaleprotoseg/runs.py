@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_folder', 'is_finished', 'read_metrics', 'locked', 'save_resume', 'load_resume', 'Log', 'commit', 'device_name',
-           'provenance', 'check_space', 'link']
+           'processor', 'provenance', 'check_space', 'link']
 
 # %% ../nbs/11_runs.ipynb #cell-03
 import csv
@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -133,8 +135,17 @@ def commit() -> str:
 
 # %% ../nbs/11_runs.ipynb #cell-19
 def device_name(device: torch.device) -> str:
-    "The model of an accelerator, or the CPU with its number of threads."
-    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type}, threads: {torch.get_num_threads()}'
+    "The model of an accelerator; or the processor, as far as its rounding depends on it, and its number of threads."
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    return f'{device.type}{f" {processor()}" * (device.type == "cpu")}, threads: {torch.get_num_threads()}'
+
+@cache
+def processor() -> str:
+    "Model (on Linux with family and number: a virtual machine hides the rest) and the instructions that torch uses: `AMD EPYC 26/2 AVX512`."
+    said = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').is_file() else ''
+    facts = dict(re.findall(r'^(.+?)\s*: (.+)$', said.split('\n\n')[0], re.M))
+    number = [f'{facts["cpu family"]}/{facts["model"]}'] if {'cpu family', 'model'} <= facts.keys() else []
+    return ' '.join([facts.get('model name') or platform.processor() or platform.machine(), *number, torch.backends.cpu.get_cpu_capability()])
 
 def provenance(recipe: Recipe, seed: int, stage: str, data: dict,
                sessions: list[dict],   # one per uninterrupted piece of work, each with device, precision and seconds

@@ -1,5 +1,4 @@
 "Tables, figures, notebooks with parameters and the report, on runs that the tests write themselves."
-import json
 import os
 import re
 from pathlib import Path
@@ -11,36 +10,21 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from saved import finish
 
 from scaleprotoseg import report
 from scaleprotoseg.contents import PAPER_NOTEBOOKS, main_experiment, main_table, paper_notebooks
 from scaleprotoseg.data import Labels, Sample
 from scaleprotoseg.notebooks import NotebookFailed, check_parameters, notebook_parameters, run_cells, run_notebook, without_machine_paths
 from scaleprotoseg.recipes import experiments, find_recipe, recipes_of
-from scaleprotoseg.report import (STEPS, ablation_table, accuracy_table, build_report, collect, compare, compared, distinct, entropy_cases,
-                                  find_published, plot_comparison, provenance_text, published, published_recipe, published_recipes,
+from scaleprotoseg.records import collect
+from scaleprotoseg.report import (STEPS, ablation_table, accuracy_table, build_report, compare, compared, entropy_cases,
+                                  find_published, plot_comparison, published, published_recipe, published_recipes,
                                   recipe_table, save_figure, save_table, size_cases, steps_table, threshold_cases, used_runs)
-from scaleprotoseg.runs import run_folder
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / 'data/published'
 COLUMNS = ['method', 'step', 'setting', 'data', 'metric', 'value', 'std', 'source', 'note']
-
-
-def finish(runs, experiment, method, stage, seed=0, miou=0.5, provenance=True, variant='', **prototypes):
-    "The two JSON files of a finished stage."
-    recipe = find_recipe(experiment, method, variant)
-    folder = run_folder(runs, recipe, seed, stage)
-    folder.mkdir(parents=True)
-    (folder / 'metrics.json').write_text(json.dumps({
-        'stage': stage, 'miou': miou, 'accuracy': .75, 'iou': {'a': None}, 'prototypes': prototypes,
-        'memory_mb': {'process': 900}}))
-    if provenance:
-        (folder / 'provenance.json').write_text(json.dumps({
-            'commit': 'c' * 40, 'recipe': recipe.digest(stage), 'seconds': 30.0, 'device': 'cpu, 2 threads',
-            'finished': '2030-01-02T03:04:05+00:00',
-            'data': {'val': {'dataset': recipe.data.dataset, 'images': 4}}}))
-    return folder
 
 
 @pytest.fixture
@@ -55,46 +39,6 @@ def runs(tmp_path):
 
 def table_of(runs, experiment='demo', name='scaleprotoseg_table_01'):
     return accuracy_table(collect(runs, experiment), experiment, published(name, PUBLISHED)).set_index('method')
-
-
-# what was run
-
-def test_collect_has_a_row_per_finished_stage_and_seed(runs):
-    (runs / 'demo/protoseg/seed0/project').mkdir()                  # begun, not finished
-    (runs / 'demo/protoseg/seed0/other').mkdir()                    # not a stage
-    frame = collect(runs, 'demo')
-    assert list(zip(frame.method, frame.stage, frame.seed)) == [
-        ('protoseg', 'finetune', 0), ('protoseg', 'prune_finetune', 0), *(('scaleprotoseg', 'threshold', s) for s in range(3))]
-    assert frame.accuracy.unique().tolist() == [75.] and frame.seconds.sum() == 150
-
-
-def test_collect_works_from_metrics_alone(tmp_path):
-    finish(tmp_path, 'demo', 'linear', 'joint', provenance=False)
-    frame = collect(tmp_path, 'demo')
-    assert len(frame) == 1 and frame.commit.isna().all() and 'seed 0' in provenance_text(frame)
-
-
-def test_a_stage_that_variants_share_is_counted_once(tmp_path):
-    for variant, stages in {'': ('joint', 'group_joint'), 'no_entropy': ('joint', 'group_joint')}.items():
-        for stage in stages: finish(tmp_path, 'demo', 'scaleprotoseg', stage, variant=variant)
-    finish(tmp_path, 'demo', 'scaleprotoseg', 'joint', seed=1)
-    finish(tmp_path, 'demo', 'linear', 'joint', provenance=False)
-    finish(tmp_path, 'demo', 'deeplabv2', 'joint', provenance=False)
-    frame = collect(tmp_path, 'demo')
-    assert len(frame) == 7 and '2 min 0 s of computing' in provenance_text(frame)       # 4 trainings, 2 of unknown duration
-    assert len(distinct(frame)) == 6
-    page = build_report('demo', tmp_path / 'figures', tmp_path, PUBLISHED).read_text()
-    assert '6 finished, 2 min 0 s in total' in page
-
-
-def test_collect_leaves_out_what_another_recipe_made(runs):
-    for stage in ('finetune', 'prune_finetune'): (runs / f'demo/protoseg/seed0/{stage}/recipe.json').write_text('"0123456789ab"')
-    with pytest.warns(UserWarning, match='0123456789ab'): frame = collect(runs, 'demo')
-    assert 'protoseg' not in set(frame.method)
-
-
-def test_collect_suggests_the_experiment(tmp_path):
-    with pytest.raises(KeyError, match="did you mean 'demo'"): collect(tmp_path, 'dema')
 
 
 # tables

@@ -17,7 +17,7 @@ from scaleprotoseg.contents import PAPER_NOTEBOOKS
 from scaleprotoseg.measures import held_out, held_out_claims, held_out_scores
 from scaleprotoseg.notebooks import run_notebook
 from scaleprotoseg.recipes import find_recipe, recipes_of
-from scaleprotoseg.report import collect
+from scaleprotoseg.records import collect
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, '-m', 'scaleprotoseg', 'reproduce', '--experiment', 'smoke', '--device', 'cpu']

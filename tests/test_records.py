@@ -1,0 +1,227 @@
+"What was run, what is recorded, and whether it came out again."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from saved import finish
+
+from scaleprotoseg.measures import held_out, held_out_claims
+from scaleprotoseg.recipes import experiments, find_recipe
+from scaleprotoseg.records import collect, finished, read_record, record, verified, verify
+from scaleprotoseg.report import build_report, claims, claims_table, distinct, provenance_text
+
+ROOT = Path(__file__).parents[1]
+PUBLISHED = ROOT / 'data/published'
+RECORDED = sorted((ROOT / 'data/recorded').glob('*.json'))
+LATER = '2031-01-01T00:00:00+00:00'
+
+
+@pytest.fixture
+def runs(tmp_path):
+    "ScaleProtoSeg three times, two stages of ProtoSeg."
+    folder = tmp_path / 'runs'
+    for seed, miou in enumerate((.50, .52, .57)):
+        finish(folder, 'demo', 'scaleprotoseg', 'threshold', seed, miou, alive=100, active=60 + seed, total=120)
+    for stage in ('finetune', 'prune_finetune'): finish(folder, 'demo', 'protoseg', stage, 0, .48, alive=90, total=100)
+    return folder
+
+
+@pytest.fixture
+def records(runs, tmp_path):
+    record(runs, 'demo', tmp_path / 'recorded')
+    return tmp_path / 'recorded'
+
+
+def change(folder, file='provenance.json', **facts):
+    path = folder / file
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **facts}))
+
+
+# what was run
+
+def test_collect_has_a_row_per_finished_stage_and_seed(runs):
+    (runs / 'demo/protoseg/seed0/project').mkdir()                  # begun, not finished
+    (runs / 'demo/protoseg/seed0/other').mkdir()                    # not a stage
+    frame = collect(runs, 'demo')
+    assert list(zip(frame.method, frame.stage, frame.seed)) == [
+        ('protoseg', 'finetune', 0), ('protoseg', 'prune_finetune', 0), *(('scaleprotoseg', 'threshold', s) for s in range(3))]
+    assert frame.accuracy.unique().tolist() == [75.] and frame.seconds.sum() == 150 and not frame.recorded.any()
+
+
+def test_collect_works_from_metrics_alone(tmp_path):
+    finish(tmp_path, 'demo', 'linear', 'joint', provenance=False)
+    frame = collect(tmp_path, 'demo')
+    assert len(frame) == 1 and frame.commit.isna().all() and 'seed 0' in provenance_text(frame)
+
+
+def test_a_stage_that_variants_share_is_counted_once(tmp_path):
+    for variant, stages in {'': ('joint', 'group_joint'), 'no_entropy': ('joint', 'group_joint')}.items():
+        for stage in stages: finish(tmp_path, 'demo', 'scaleprotoseg', stage, variant=variant)
+    finish(tmp_path, 'demo', 'scaleprotoseg', 'joint', seed=1)
+    finish(tmp_path, 'demo', 'linear', 'joint', provenance=False)
+    finish(tmp_path, 'demo', 'deeplabv2', 'joint', provenance=False)
+    frame = collect(tmp_path, 'demo')
+    assert len(frame) == 7 and '2 min 0 s of computing' in provenance_text(frame)       # 4 trainings, 2 of unknown duration
+    assert len(distinct(frame)) == 6
+    page = build_report('demo', tmp_path / 'figures', tmp_path, PUBLISHED).read_text()
+    assert '6 finished, 2 min 0 s in total' in page
+
+
+def test_collect_leaves_out_what_another_recipe_made(runs):
+    for stage in ('finetune', 'prune_finetune'): (runs / f'demo/protoseg/seed0/{stage}/recipe.json').write_text('"0123456789ab"')
+    with pytest.warns(UserWarning, match='0123456789ab'): frame = collect(runs, 'demo')
+    assert 'protoseg' not in set(frame.method)
+
+
+def test_collect_suggests_the_experiment(tmp_path):
+    with pytest.raises(KeyError, match="did you mean 'demo'"): collect(tmp_path, 'dema')
+
+
+# what is recorded
+
+def test_a_record_gives_the_rows_of_the_runs(runs, records, tmp_path):
+    ours, theirs = collect(runs, 'demo'), collect(tmp_path / 'nothing', 'demo', recorded=records)
+    assert theirs.recorded.all()
+    pd.testing.assert_frame_equal(ours.drop(columns='recorded'), theirs.drop(columns='recorded'))
+    assert len(collect(tmp_path / 'nothing', 'demo')) == 0                             # never unless asked for
+
+
+def test_what_was_run_here_comes_before_what_is_recorded(records, tmp_path):
+    finish(tmp_path / 'mine', 'demo', 'protoseg', 'finetune', 0, .60, finished=LATER)
+    finish(tmp_path / 'mine', 'demo', 'protoseg', 'finetune', 7, .61, finished=LATER)
+    frame = collect(tmp_path / 'mine', 'demo', recorded=records)
+    mine = frame[~frame.recorded]
+    assert len(frame) == 6 and list(zip(mine.seed, mine.miou)) == [(0, 60.), (7, 61.)]
+    assert frame.seed.tolist() == [0, 0, 7, 0, 1, 2]                                   # in the order of recipes and seeds
+    assert '4 of 6 as recorded' in provenance_text(frame) and 'recorded' not in provenance_text(mine)
+
+
+def test_a_record_only_grows(runs, records, tmp_path):
+    before = (records / 'demo.json').read_text()
+    assert record(runs, 'demo', records) == []
+    finish(runs, 'demo', 'protoseg', 'finetune', 0, .90, finished=LATER)               # run again, with another result
+    assert record(runs, 'demo', records) == [] and (records / 'demo.json').read_text() == before
+    finish(runs, 'demo', 'protoseg', 'finetune', 1, .90)
+    assert record(runs, 'demo', records) == ['protoseg/seed1/finetune']
+    assert set(before.splitlines()[1:-1]) - {x.rstrip(',') + ',' for x in (records / 'demo.json').read_text().splitlines()} <= {before.splitlines()[-2]}
+    assert read_record('demo', records)['protoseg/seed0/finetune'].facts['metrics']['miou'] == .48
+
+
+def test_one_machine_does_not_drop_what_another_recorded(records, tmp_path):
+    finish(tmp_path / 'mine', 'demo', 'deeplabv2', 'joint', 0, .60)
+    assert record(tmp_path / 'mine', 'demo', records) == ['deeplabv2/seed0/joint']
+    assert len(read_record('demo', records)) == 6
+
+
+def test_held_out_scores_that_come_later_are_added_to_the_same_result_only(runs, records):
+    stage = runs / 'demo/protoseg/seed0/finetune'
+    change(stage, 'held_out.json', split='test', miou=.4)
+    change(runs / 'demo/protoseg/seed0/prune_finetune', 'held_out.json', split='test', miou=.4)
+    change(runs / 'demo/protoseg/seed0/prune_finetune', 'metrics.json', miou=.481)
+    assert record(runs, 'demo', records) == ['protoseg/seed0/finetune']
+    assert read_record('demo', records)['protoseg/seed0/finetune'].facts['held_out'] == {'split': 'test', 'miou': .4}
+
+
+def test_the_record_of_another_recipe_is_left_out_and_leaves_with_the_next(runs, records):
+    text = (records / 'demo.json').read_text()
+    (records / 'demo.json').write_text(text.replace(find_recipe('demo', 'protoseg').digest('finetune'), '0123456789ab'))
+    assert set(read_record('demo', records)) == {'protoseg/seed0/prune_finetune', *(f'scaleprotoseg/seed{s}/threshold' for s in range(3))}
+    assert record(runs, 'demo', records) == ['protoseg/seed0/finetune'] and (records / 'demo.json').read_text() == text
+
+
+@pytest.mark.parametrize('commit', ['unknown', 'c0ffee-dirty', ''])
+def test_a_number_that_nobody_could_trace_is_not_recorded(runs, records, commit):
+    before = (records / 'demo.json').read_text()
+    change(finish(runs, 'demo', 'linear', 'joint'), commit=commit)
+    with pytest.raises(ValueError, match='linear/seed0/joint is in no commit'): record(runs, 'demo', records)
+    assert (records / 'demo.json').read_text() == before
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"protoseg": {}}', '{"protoseg/seedx/joint": {"recipe": "a", "metrics": {"miou": 0.5}}}', '{"protoseg/seed0/joint": {"recipe": "a"}}', 'null'])
+def test_a_damaged_record_is_named(tmp_path, text):
+    (tmp_path / 'demo.json').write_text(text)
+    with pytest.raises(ValueError, match=r'demo\.json.*record'): read_record('demo', tmp_path)
+
+
+def test_ablations_stand_beside_recorded_main_runs(tmp_path):
+    for seed in range(2): finish(tmp_path / 'theirs', 'em-quick', 'scaleprotoseg', 'threshold', seed, .70 + seed / 100, alive=24, active=20, total=24)
+    record(tmp_path / 'theirs', 'em-quick', tmp_path / 'recorded')
+    for seed in range(2): finish(tmp_path / 'mine', 'em-quick-ablations', 'scaleprotoseg', 'threshold', seed, .73, variant='k1', alive=8, active=8, total=8)
+    asked = [c for c in claims('em-quick-ablations') if c.this.recipe.variant == 'k1']
+    alone, both = (claims_table(collect(tmp_path / 'mine', 'em-quick-ablations', with_main=True, recorded=x), asked) for x in ('', tmp_path / 'recorded'))
+    assert alone.pairs.tolist() == [0] and both.pairs.tolist() == [2] and both.difference.tolist() == pytest.approx([2.5])
+
+
+def test_recorded_held_out_scores_are_used_and_missing_ones_said(tmp_path, capsys):
+    for stage in ('threshold', 'finetune'): finish(tmp_path / 'runs', 'demo', 'scaleprotoseg', stage, alive=100, active=60, total=120)
+    change(tmp_path / 'runs/demo/scaleprotoseg/seed0/threshold', 'held_out.json', split='test', images=3, data='d', miou=.4, accuracy=.5, iou={'a': .4, 'b': None})
+    record(tmp_path / 'runs', 'demo', tmp_path / 'recorded')
+    frame = collect(tmp_path / 'none', 'demo', recorded=tmp_path / 'recorded')
+    found, classes = held_out(tmp_path / 'none', frame, held_out_claims('demo'), recorded=tmp_path / 'recorded')
+    assert found.miou.tolist() == [40.] and found.val_miou.tolist() == [50.] and classes.iou.tolist() == pytest.approx([40., float('nan')], nan_ok=True)
+    assert 'scaleprotoseg seed 0 finetune is not measured' in capsys.readouterr().out
+
+
+def test_a_report_may_rest_on_records(records, tmp_path):
+    finish(tmp_path / 'mine', 'demo', 'deeplabv2', 'joint', 0, .60)
+    page = build_report('demo', tmp_path / 'figures', tmp_path / 'mine', PUBLISHED, records).read_text()
+    assert '53.00' in page and '60.00' in page and '5 of 6 as recorded' in page
+    assert len(json.loads((tmp_path / 'figures/demo/provenance.json').read_text())) == 6
+
+
+# did it come out again?
+
+def test_verdicts(records, tmp_path):
+    mine, how = tmp_path / 'mine', dict(finished=LATER)
+    counts = dict(alive=100, total=120)
+    finish(mine, 'demo', 'scaleprotoseg', 'threshold', 0, .50, **how, **counts, active=60)           # to the last digit
+    change(finish(mine, 'demo', 'scaleprotoseg', 'threshold', 1, .52, **how, **counts, active=62), device='cpu other, threads: 1', versions={'torch': '9.9'})
+    finish(mine, 'demo', 'scaleprotoseg', 'threshold', 2, .51, **how, **counts, active=62)           # deviation of recorded seeds: 3.6
+    change(finish(mine, 'demo', 'protoseg', 'finetune', 0, .48, **how, alive=90, total=100), data={'val': {'dataset': 'partscapes', 'images': 5}})
+    finish(mine, 'demo', 'protoseg', 'prune_finetune', 0, .48, alive=90, total=100)                  # copied
+    finish(mine, 'demo', 'linear', 'joint', 0)                                                       # not recorded
+    table = verify(mine, 'demo', records)
+    assert dict(zip(zip(table.stage, table.seed), table.verdict)) == {
+        ('threshold', 0): 'same', ('threshold', 1): 'close', ('threshold', 2): 'close', ('finetune', 0): 'other images', ('prune_finetune', 0): 'recorded'}
+    assert table.set_index('seed').loc[1].unlike == 'device cpu other, threads: 1, was cpu, 2 threads; torch 9.9, was unknown'
+    finish(mine, 'demo', 'scaleprotoseg', 'threshold', 2, .49, **how, **counts, active=62)
+    assert verify(mine, 'demo', records).set_index('seed').loc[2].verdict == 'differs'
+    assert '5 stages beside the record: 1 the same' in verified(verify(mine, 'demo', records))
+    assert verified(verify(tmp_path / 'none', 'demo', records)) == ''
+
+
+def test_the_command_says_it_and_ends_accordingly(records, tmp_path):
+    def call(*more):
+        return subprocess.run([sys.executable, '-m', 'scaleprotoseg', *more], capture_output=True, text=True, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    mine, where = tmp_path / 'mine', ('--runs', str(tmp_path / 'mine'), '--records', str(records))
+    nothing = call('verify', 'demo', *where)
+    assert nothing.returncode == 2 and 'no finished stage of demo' in nothing.stderr
+    finish(mine, 'demo', 'protoseg', 'finetune', 0, .48, finished=LATER, alive=90, total=100)
+    same = call('verify', 'demo', *where)
+    assert same.returncode == 0 and '1 stage beside the record: 1 the same' in same.stdout
+    change(mine / 'demo/protoseg/seed0/finetune', 'metrics.json', miou=.2)
+    differs = call('verify', 'demo', *where)
+    assert differs.returncode == 1 and 'differs' in differs.stdout and '-28.00' in differs.stdout
+    finish(mine, 'demo', 'linear', 'joint')
+    assert call('record', 'demo', *where).stdout == 'linear/seed0/joint\n'
+
+
+# what comes with the package
+
+@pytest.mark.parametrize('path', RECORDED, ids=lambda p: p.stem)
+def test_records_are_of_todays_recipes_and_can_be_traced(path):
+    assert path.stem in experiments()
+    lines, known = json.loads(path.read_text()), read_record(path.stem, path.parent)
+    assert set(lines) == set(known) and len(known) > 0
+    for f in known.values():
+        assert {'command', 'commit', 'recipe', 'seed', 'data', 'device', 'versions', 'finished', 'seconds'} <= f.facts.keys()
+        assert f.facts['seed'] == f.seed and 0 < f.facts['metrics']['miou'] <= 1 and f'--seed {f.seed}' in f.facts['command']
+
+
+def test_there_are_records():
+    assert {'demo', 'em-quick', 'camvid-quick'} <= {p.stem for p in RECORDED}
+    assert len(finished('nowhere', 'demo', ROOT / 'data/recorded')) > 20
