@@ -271,10 +271,13 @@ def report(experiment: str, runs: Out = Path('runs'), figures: Figures = Path('f
 Records = Annotated[Path, typer.Option(help='Folder of records.')]
 
 @app.command()
-def verify(experiment: str, runs: Out = Path('runs'), records: Records = Path('data/recorded')):
+def verify(experiment: str, runs: Out = Path('runs'), records: Records = Path('data/recorded'),
+           output: Annotated[Path | None, typer.Option(help='Tables to write, without ending: stages, methods, claims, and what made them.')] = None):
     "Set finished stages beside the numbers that came with the package; ends with 1 if some are not the same, nor close."
     from scaleprotoseg import records as known
+    from scaleprotoseg.report import save_again
     table = known.verify(runs, experiment, records)
+    if len(table) and output: save_again(experiment, output, runs, records)
     if not len(table): raise FileNotFoundError(f'no finished stage of {experiment} in {runs} is recorded in {records}')
     print(table.assign(unlike=table.unlike.str.slice(0, 60)).to_string(index=False, float_format=lambda x: f'{x:.2f}', na_rep='–'))
     print(f'{known.verified(table)}.')

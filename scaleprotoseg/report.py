@@ -10,7 +10,7 @@ import io
 import re
 import statistics
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -28,7 +28,7 @@ from .interpretability import used_prototypes
 from .model import Model, load_model, pick_device, read_config
 from .notebooks import NotebookFailed, _read_notebook, run_cells
 from .recipes import Recipe, experiments, find_recipe, recipes_of
-from .records import COLUMNS, Finished, collect, finished, finished_stage, stage_facts, verified, verify
+from .records import COLUMNS, Finished, RECORDED, collect, finished, finished_stage, stage_facts, verified, verify
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,8 +41,9 @@ __all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BE
            'other_draws', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case', 'size_cases',
            'diversity_cases', 'threshold_cases', 'weight_cases', 'entropy_cases', 'ablation_table', 'Claim', 'claims',
            'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure', 'distinct', 'provenance_text',
-           'duration', 'used_runs', 'last_runs', 'Run', 'open_run', 'provenance_of', 'busiest_classes',
-           'plot_comparison', 'read_title', 'write_contents', 'build_report', 'save_results', 'pack_results']
+           'duration', 'used_runs', 'last_runs', 'methods_again', 'claims_again', 'save_again', 'Run', 'open_run',
+           'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title', 'write_contents', 'build_report',
+           'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-11
 def published(name: str,                              # e.g. scaleprotoseg_table_01
@@ -318,7 +319,7 @@ _LAST = {   # variants that train the stages after projection in another way
     'balanced_last': 'with weights of classes in the last stages', 'balanced_last3x': 'with weights of classes in the last stages of a longer training'}
 
 def claims(experiment: str) -> list[Claim]:
-    "The differences between methods, between their stages, and between each variant of an experiment and what it varies."
+    "The differences between methods, between their stages, and between each ablation and what it varies."
     main = {r.method: r for r in known_recipes(main_experiment(experiment)) if not r.variant}
     case = lambda r, stage='': Case(r, stage or r.reported.name, '')
     found, grouped, view, proto = [], main.get('scaleprotoseg'), main.get('prototype_view'), main.get('protoseg')
@@ -347,10 +348,15 @@ def claims(experiment: str) -> list[Claim]:
     for r in known_recipes(experiment):
         k = re.fullmatch(r'k(\d+)', r.variant)
         number = k and ('Is 1 prototype' if k[1] == '1' else f'Are {k[1]} prototypes')
-        if ask := f'{number} per class{" and scale" * (r.model["scales"] > 1)} enough?' if k else _QUESTIONS.get(r.variant):
+        if ask := f'{number} per class{" and scale" * (r.model["scales"] > 1)} enough?' if k else _QUESTIONS.get(r.variant) or _plain_question(r, main):
             against = find_recipe(experiment, r.method, _AGAINST[r.variant]) if r.variant in _AGAINST else main[r.method]
             found.append(Claim(ask, case(r), case(against)))
     return found
+
+def _plain_question(r: Recipe, main: Mapping[str, Recipe]) -> str:
+    "For an ablation that has no question of its own, a user's perhaps, and does not end as the main recipe does."
+    other = r.method in main and r.digest(r.reported.name) != main[r.method].digest(main[r.method].reported.name)
+    return f'What does {r.variant} change?' if is_ablation(r.experiment) and other else ''
 
 def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                  asked: Iterable[Claim]) -> pd.DataFrame:
@@ -472,6 +478,45 @@ def last_runs(frame: pd.DataFrame, recipes: Iterable[Recipe], seed: int) -> pd.D
     "The rows of `collect` of the last stages of some recipes and one seed."
     keys = {(r.method, r.variant, r.last.name, seed) for r in recipes}
     return frame[[key in keys for key in zip(frame.method, frame.variant, frame.stage, frame.seed)]]
+
+# %% ../nbs/15_report.ipynb #cell-again-1
+def methods_again(table: pd.DataFrame,   # of `verify`
+                  experiment: str) -> pd.DataFrame:
+    """Reported stages over the seeds that both sets of runs have: mean and deviation of the recorded mIoU and of ours, in percent, and `apart`, the root
+    of the mean square of the difference between runs of one seed."""
+    import pandas as pd
+    rows, deviation = [], lambda x: statistics.stdev(x) if len(x) > 1 else None
+    for r in known_recipes(experiment):
+        at = table[(table.method == r.method) & (table.variant == r.variant) & (table.stage == r.reported.name) & table.difference.notna() & (table.verdict != 'recorded')]
+        if len(at): rows.append({'method': r.method, 'variant': r.variant, 'stage': r.reported.name, 'runs': len(at),
+                                 'recorded_miou': at.recorded_miou.mean(), 'recorded_std': deviation(at.recorded_miou.tolist()),
+                                 'miou': at.miou.mean(), 'std': deviation(at.miou.tolist()), 'apart': statistics.fmean(at.difference ** 2) ** .5})
+    return pd.DataFrame(rows, columns=['method', 'variant', 'stage', 'runs', 'recorded_miou', 'recorded_std', 'miou', 'std', 'apart'], dtype=object)
+
+def claims_again(ours: pd.DataFrame,       # of `collect(…, with_main=True)`
+                 recorded: pd.DataFrame,   # the same, of records alone
+                 asked: Sequence[Claim]) -> pd.DataFrame:
+    "The difference of every claim over recorded pairs, over ours, and over `all` of them; claims of which one side has no pair are left out."
+    import pandas as pd
+    known = set(zip(recorded.method, recorded.variant, recorded.stage, recorded.seed, recorded.finished))
+    ours = ours[[key not in known for key in zip(ours.method, ours.variant, ours.stage, ours.seed, ours.finished)]]
+    both = pd.concat([ours.astype(object), recorded.assign(seed=-1 - recorded.seed).astype(object)])     # a pair is of one set of runs
+    found = {name: claims_table(frame, asked) for name, frame in {'recorded_': recorded, '': ours, 'all_': both}.items()}
+    table = found[''][['question', 'this', 'against']].assign(**{f'{name}{c}': t[c] for name, t in found.items() for c in ('pairs', 'difference', 'std')})
+    return table[(table.pairs > 0) & (table.recorded_pairs > 0)]
+
+def save_again(experiment: str, path: str | Path,   # without ending
+               runs: str | Path = 'runs', recorded: str | Path = RECORDED) -> pd.DataFrame:
+    """Write what `verify` returns, `<path>_methods` and `<path>_claims` as tables, and `<path>.json`, what made the stages and what came out; returns the first."""
+    path, table, ours = Path(path), verify(runs, experiment, recorded), finished(runs, experiment)
+    compared_keys = {f'{m}{"-" * bool(v)}{v}/seed{seed}/{stage}' for m, v, seed, stage in zip(table.method, table.variant, table.seed, table.stage)}
+    frame, kept = collect(runs, experiment, with_main=True), collect(path / 'no runs', experiment, with_main=True, recorded=recorded)
+    ran = provenance_text(frame.assign(recipe=None))
+    save_table(table, path, f'mIoU in percent of finished stages of {experiment} and of their records. {verified(table)}. {ran}')
+    save_table(methods_again(table, experiment), _with_ending(path, '_methods'), f'mIoU in percent of the reported stages of {experiment}, recorded and again; `apart`: root mean square of the difference between runs of one seed. {ran}')
+    save_table(claims_again(frame, kept, claims(experiment)), _with_ending(path, '_claims'), f'Differences in mIoU of two models that share their seed, over the recorded pairs, over the runs again, and over all. {ran}')
+    write_json(_with_ending(path, '.json'), {f.key: f.facts for f in ours if f.key in compared_keys})
+    return table
 
 # %% ../nbs/15_report.ipynb #cell-48
 @dataclass

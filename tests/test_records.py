@@ -3,14 +3,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from saved import finish
 
+from scaleprotoseg import recipes
 from scaleprotoseg.measures import held_out, held_out_claims
-from scaleprotoseg.recipes import experiments, find_recipe
+from scaleprotoseg.recipes import changed, experiments, find_recipe
 from scaleprotoseg.records import collect, finished, read_record, record, verified, verify
 from scaleprotoseg.report import build_report, claims, claims_table, distinct, provenance_text
 
@@ -154,6 +156,17 @@ def test_ablations_stand_beside_recorded_main_runs(tmp_path):
     asked = [c for c in claims('em-quick-ablations') if c.this.recipe.variant == 'k1']
     alone, both = (claims_table(collect(tmp_path / 'mine', 'em-quick-ablations', with_main=True, recorded=x), asked) for x in ('', tmp_path / 'recorded'))
     assert alone.pairs.tolist() == [0] and both.pairs.tolist() == [2] and both.difference.tolist() == pytest.approx([2.5])
+
+
+def test_a_variant_of_ones_own_is_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, 'RECIPES', dict(recipes.RECIPES))
+    main = find_recipe('em-quick', 'unet')
+    recipes.add_recipes(replace(changed(main, 'mine', steps=400), experiment='em-quick-ablations'))
+    finish(tmp_path, 'em-quick-ablations', 'unet', 'joint', 0, .77, variant='mine')
+    asked = [c for c in claims('em-quick-ablations') if c.question == 'What does mine change?']
+    table = claims_table(collect(tmp_path, 'em-quick-ablations', with_main=True, recorded=ROOT / 'data/recorded'), asked)
+    assert table.pairs.tolist() == [1] and table.against.tolist() == ['U-Net'] and 0 < table.difference[0] < 2
+    assert not [c for c in claims('em-ablations') if c.this.recipe.variant == 'tau']         # it ends as the main recipe does
 
 
 def test_recorded_held_out_scores_are_used_and_missing_ones_said(tmp_path, capsys):
