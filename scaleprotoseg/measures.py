@@ -26,7 +26,7 @@ from .protocols import Evaluation
 from .recipes import Recipe
 from .report import (BETTER, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, open_run,
                                   published_references, summarise)
-from .records import Finished, finished_seeds, read_record
+from .records import finished_seeds, read_record, stage_key
 from .runs import commit, device_name, run_folder
 from .scales import spread
 from .training import results
@@ -244,7 +244,7 @@ def held_out(runs: str | Path,
     return found, pd.DataFrame(classes, columns=['method', 'variant', 'stage', 'seed', 'class', 'iou'])
 
 def _recorded_scores(kept, recipe, row) -> dict:
-    key = Finished(recipe, row.seed, row.stage, {}, None).key
+    key = stage_key(recipe, row.seed, row.stage)
     if 'held_out' not in kept[key].facts: raise FileNotFoundError(f'{key} is recorded without them')
     return kept[key].facts['held_out']
 

@@ -22,10 +22,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['RECORDED', 'COLUMNS', 'NEAR', 'VERDICTS', 'Finished', 'stage_facts', 'finished_stage', 'finished_seeds', 'finished',
-           'read_record', 'collect', 'record', 'verify', 'verified']
+__all__ = ['RECORDED', 'COLUMNS', 'NEAR', 'VERDICTS', 'stage_key', 'Finished', 'stage_facts', 'finished_stage', 'finished_seeds',
+           'finished', 'read_record', 'collect', 'record', 'verify', 'verified']
 
 # %% ../nbs/15_records.ipynb #cell-05
+def stage_key(recipe: Recipe, seed: int, stage: str) -> str:
+    "The name of a stage in its experiment: `protoseg-k1/seed0/joint`."
+    return f'{recipe.name.split("/")[1]}/seed{seed}/{stage}'
+
 @dataclass(frozen=True)
 class Finished:
     "A finished stage: what made it and what came out."
@@ -36,9 +40,7 @@ class Finished:
     folder: Path | None    # None: as recorded
 
     @property
-    def key(self) -> str:
-        "Its name in an experiment: `protoseg-k1/seed0/joint`."
-        return f'{self.recipe.name.split("/")[1]}/seed{self.seed}/{self.stage}'
+    def key(self) -> str: return stage_key(self.recipe, self.seed, self.stage)
 
     @property
     def row(self) -> dict:
@@ -95,7 +97,7 @@ def finished(runs: str | Path,  # folder of all runs
         seeds = {*_seeds(runs, r), *(f.seed for f in kept.values() if f.recipe == r)}
         for seed, stage in [(seed, s.name) for seed in sorted(seeds) for s in r.stages]:
             if folder := finished_stage(runs, r, seed, stage): found.append(Finished(r, seed, stage, stage_facts(folder), folder))
-            elif there := kept.get(Finished(r, seed, stage, {}, None).key): found.append(there)
+            elif there := kept.get(stage_key(r, seed, stage)): found.append(there)
     return found
 
 def read_record(experiment: str, folder: str | Path = RECORDED) -> dict[str, Finished]:
@@ -110,8 +112,8 @@ def read_record(experiment: str, folder: str | Path = RECORDED) -> dict[str, Fin
 
 def _recorded(key: str, facts: dict, experiment: str, stages: dict) -> Finished | None:
     (name, seed, stage), made_by, _ = key.split('/'), facts['recipe'], facts['metrics']['miou']
-    f = Finished(stages.get((f'{experiment}/{name}', stage)), int(seed.removeprefix('seed')), stage, facts, None)
-    return f if f.recipe and f.recipe.digest(stage) == made_by else None
+    recipe, seed = stages.get((f'{experiment}/{name}', stage)), int(seed.removeprefix('seed'))
+    return Finished(recipe, seed, stage, facts, None) if recipe and recipe.digest(stage) == made_by else None
 
 def _record_file(experiment: str, folder: str | Path) -> Path: return from_root(folder) / f'{experiment}.json'
 
@@ -167,7 +169,7 @@ def verify(runs: str | Path, experiment: str, folder: str | Path = RECORDED,
         if not (then := kept.get(f.key)): continue
         scores = [x.row['miou'] for x in kept.values() if (x.recipe, x.stage) == (f.recipe, f.stage)]
         apart, margin = f.row['miou'] - then.row['miou'], max(NEAR, 2 * statistics.stdev(scores) if len(scores) > 1 else 0.)
-        verdict = ('recorded' if f.facts.get('finished') == then.facts.get('finished') else 'other images' if f.facts.get('data') != then.facts.get('data')
+        verdict = ('recorded' if f.facts.get('finished', 'now') == then.facts.get('finished') else 'other images' if f.facts.get('data') != then.facts.get('data')
                    else 'same' if _same(f, then) else 'close' if abs(apart) <= margin else 'differs')
         rows.append({**{k: f.row[k] for k in ('method', 'variant', 'stage', 'seed', 'miou')}, 'recorded_miou': then.row['miou'],
                      'difference': None if verdict == 'other images' else apart, 'verdict': verdict, 'unlike': _unlike(f.facts, then.facts)})
@@ -178,12 +180,11 @@ def _unlike(now: dict, then: dict) -> str:
     a, b = flat(now), flat(then)
     return '; '.join(f'{k} {a.get(k, "unknown")}, was {b.get(k, "unknown")}' for k in {**b, **a} if a.get(k) != b.get(k))
 
-VERDICTS = ('same', 'close', 'differs', 'other images', 'recorded')
+VERDICTS = {'same': 'the same scores to the last digit', 'close': f'close (within {NEAR:g} points or two deviations over seeds)', 'differs': 'not the same',
+            'other images': 'of other images', 'recorded': 'the recorded runs themselves'}
 
 def verified(table: pd.DataFrame) -> str:
     "A sentence of what `verify` found; '' if nothing was compared with a record."
-    counts = {v: int((table.verdict == v).sum()) for v in VERDICTS}
-    words = {'same': 'the same scores to the last digit', 'close': f'close (within {NEAR:g} points or two deviations over seeds)', 'differs': 'not the same',
-             'other images': 'of other images', 'recorded': 'the recorded runs themselves'}
     if not len(table): return ''
-    return f'{len(table)} stage{"s" * (len(table) > 1)} beside the record: ' + ', '.join(f'{n} {words[v]}' for v, n in counts.items() if n)
+    counts = {words: int((table.verdict == v).sum()) for v, words in VERDICTS.items()}
+    return f'{len(table)} stage{"s" * (len(table) > 1)} beside the record: ' + ', '.join(f'{n} {words}' for words, n in counts.items() if n)

@@ -28,7 +28,7 @@ from .interpretability import used_prototypes
 from .model import Model, load_model, pick_device, read_config
 from .notebooks import NotebookFailed, _read_notebook, run_cells
 from .recipes import Recipe, experiments, find_recipe, recipes_of
-from .records import COLUMNS, Finished, RECORDED, collect, finished, finished_stage, stage_facts, verified, verify
+from .records import COLUMNS, Finished, RECORDED, collect, finished, finished_stage, stage_facts, stage_key, verified, verify
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -509,13 +509,13 @@ def save_again(experiment: str, path: str | Path,   # without ending
                runs: str | Path = 'runs', recorded: str | Path = RECORDED) -> pd.DataFrame:
     """Write what `verify` returns, `<path>_methods` and `<path>_claims` as tables, and `<path>.json`, what made the stages and what came out; returns the first."""
     path, table, ours = Path(path), verify(runs, experiment, recorded), finished(runs, experiment)
-    compared_keys = {f'{m}{"-" * bool(v)}{v}/seed{seed}/{stage}' for m, v, seed, stage in zip(table.method, table.variant, table.seed, table.stage)}
+    keys = {stage_key(find_recipe(experiment, r.method, r.variant), r.seed, r.stage) for r in table.itertuples()}
     frame, kept = collect(runs, experiment, with_main=True), collect(path / 'no runs', experiment, with_main=True, recorded=recorded)
     ran = provenance_text(frame.assign(recipe=None))
     save_table(table, path, f'mIoU in percent of finished stages of {experiment} and of their records. {verified(table)}. {ran}')
     save_table(methods_again(table, experiment), _with_ending(path, '_methods'), f'mIoU in percent of the reported stages of {experiment}, recorded and again; `apart`: root mean square of the difference between runs of one seed. {ran}')
     save_table(claims_again(frame, kept, claims(experiment)), _with_ending(path, '_claims'), f'Differences in mIoU of two models that share their seed, over the recorded pairs, over the runs again, and over all. {ran}')
-    write_json(_with_ending(path, '.json'), {f.key: f.facts for f in ours if f.key in compared_keys})
+    write_json(_with_ending(path, '.json'), {f.key: f.facts for f in ours if f.key in keys})
     return table
 
 # %% ../nbs/15_report.ipynb #cell-48
