@@ -187,4 +187,4 @@ def verified(table: pd.DataFrame) -> str:
     "A sentence of what `verify` found; '' if nothing was compared with a record."
     if not len(table): return ''
     counts = {words: int((table.verdict == v).sum()) for v, words in VERDICTS.items()}
-    return f'{len(table)} stage{"s" * (len(table) > 1)} beside the record: ' + ', '.join(f'{n} {words}' for words, n in counts.items() if n)
+    return f'{len(table)} recorded stage{"s" * (len(table) > 1)}: ' + ', '.join(f'{n} {words}' for words, n in counts.items() if n)

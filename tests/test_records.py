@@ -203,7 +203,7 @@ def test_verdicts(records, tmp_path):
     assert table.set_index('seed').loc[1].unlike == 'device cpu other, threads: 1, was cpu, 2 threads; torch 9.9, was unknown'
     finish(mine, 'demo', 'scaleprotoseg', 'threshold', 2, .49, **how, **counts, active=62)
     assert verify(mine, 'demo', records).set_index('seed').loc[2].verdict == 'differs'
-    assert '5 stages beside the record: 1 the same' in verified(verify(mine, 'demo', records))
+    assert '5 recorded stages: 1 the same' in verified(verify(mine, 'demo', records))
     assert verified(verify(tmp_path / 'none', 'demo', records)) == ''
 
 
@@ -215,7 +215,7 @@ def test_the_command_says_it_and_ends_accordingly(records, tmp_path):
     assert nothing.returncode == 2 and 'no finished stage of demo' in nothing.stderr
     finish(mine, 'demo', 'protoseg', 'finetune', 0, .48, finished=LATER, alive=90, total=100)
     same = call('verify', 'demo', *where)
-    assert same.returncode == 0 and '1 stage beside the record: 1 the same' in same.stdout
+    assert same.returncode == 0 and '1 recorded stage: 1 the same' in same.stdout
     change(mine / 'demo/protoseg/seed0/finetune', 'metrics.json', miou=.2)
     differs = call('verify', 'demo', *where)
     assert differs.returncode == 1 and 'differs' in differs.stdout and '-28.00' in differs.stdout
