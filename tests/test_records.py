@@ -1,6 +1,7 @@
 "What was run, what is recorded, and whether it came out again."
 import json
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ from scaleprotoseg import recipes
 from scaleprotoseg.measures import held_out, held_out_claims
 from scaleprotoseg.recipes import changed, experiments, find_recipe
 from scaleprotoseg.records import collect, finished, read_record, record, verified, verify
-from scaleprotoseg.report import build_report, claims, claims_table, distinct, provenance_text
+from scaleprotoseg.report import build_report, claims, claims_table, distinct, provenance_text, save_again
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / 'data/published'
@@ -205,6 +206,27 @@ def test_verdicts(records, tmp_path):
     assert verify(mine, 'demo', records).set_index('seed').loc[2].verdict == 'differs'
     assert '5 recorded stages: 1 the same' in verified(verify(mine, 'demo', records))
     assert verified(verify(tmp_path / 'none', 'demo', records)) == ''
+
+
+def test_tables_of_a_second_set_of_runs(tmp_path):
+    mine, counts = tmp_path / 'mine', dict(alive=24, active=20, total=24)
+    scores = {('scaleprotoseg', 'threshold'): ((.70, .72), (.71, .71, .74)), ('unet', 'joint'): ((.71, .72), (.70, .73, .73))}
+    for (method, stage), (theirs, ours) in scores.items():
+        for seed, miou in enumerate(theirs): finish(tmp_path / 'theirs', 'em-quick', method, stage, seed, miou, **counts)
+        for seed, miou in enumerate(ours): finish(mine, 'em-quick', method, stage, seed, miou, finished=LATER, **counts)
+    record(tmp_path / 'theirs', 'em-quick', tmp_path / 'recorded')
+    assert save_again('em-quick', tmp_path / 'again', mine, tmp_path / 'recorded').seed.tolist() == [0, 1, 0, 1]
+    methods, asked = (pd.read_csv(tmp_path / f'again_{name}.csv', na_values='—') for name in ('methods', 'claims'))
+    assert methods.method.tolist() == ['unet', 'scaleprotoseg'] and methods.runs.tolist() == [2, 2]
+    assert methods.recorded_miou.tolist() == [71.5, 71.] and methods.miou.tolist() == [71.5, 71.] and methods.apart.tolist() == [1., 1.]
+    cost = asked[asked.question == 'What does interpretability cost?'].iloc[0]
+    assert len(asked) == 1 and (cost.recorded_pairs, cost.pairs, cost.all_pairs) == (2, 3, 5)
+    assert (cost.recorded_difference, cost.difference, cost.all_difference) == (-.5, 0., -.2)
+    assert cost.all_std == pytest.approx(statistics.stdev([-1, 0, 1, -2, 1]), abs=.01)
+    made = json.loads((tmp_path / 'again.json').read_text())
+    assert set(made) == {f'{m}/seed{s}/{stage}' for m, stage in scores for s in (0, 1)} and all(x['finished'] == LATER for x in made.values())
+    save_again('em-quick', tmp_path / 'itself', tmp_path / 'theirs', tmp_path / 'recorded')          # the recorded runs are no second set
+    assert len(pd.read_csv(tmp_path / 'itself_methods.csv')) == len(pd.read_csv(tmp_path / 'itself_claims.csv')) == 0
 
 
 def test_the_command_says_it_and_ends_accordingly(records, tmp_path):
