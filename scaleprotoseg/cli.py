@@ -247,7 +247,7 @@ def _parameter(text):
 
 # %% ../nbs/16_cli.ipynb #cell-21
 Figures = Annotated[Path, typer.Option(help='Folder of results.')]
-Recorded = Annotated[str, typer.Option(help='data/recorded: what is recorded there stands in for runs that are not here.')]
+Recorded = Annotated[str, typer.Option(help='Folder of records, data/recorded: they stand in for runs that are not here.')]
 
 @app.command()
 def figures(experiment: str, runs: Out = Path('runs'), figures: Figures = Path('figures'), data_root: DataRoot = None, recorded: Recorded = ''):
@@ -271,24 +271,24 @@ def report(experiment: str, runs: Out = Path('runs'), figures: Figures = Path('f
 Records = Annotated[Path, typer.Option(help='Folder of records.')]
 
 @app.command()
-def verify(experiment: str, runs: Out = Path('runs'), records: Records = Path('data/recorded'),
+def verify(experiment: str, runs: Out = Path('runs'), recorded: Records = Path('data/recorded'),
            output: Annotated[Path | None, typer.Option(help='Tables to write, without ending: stages, methods, claims, and what made them.')] = None):
     "Set finished stages beside the numbers that came with the package; ends with 1 if some are not the same, nor close."
-    from scaleprotoseg import records as known
+    from scaleprotoseg import records
     from scaleprotoseg.report import save_again
-    table = known.verify(runs, experiment, records)
-    if len(table) and output: save_again(experiment, output, runs, records)
-    if not len(table): raise FileNotFoundError(f'no finished stage of {experiment} in {runs} is recorded in {records}')
-    print(table.assign(unlike=table.unlike.str.slice(0, 60)).to_string(index=False, float_format=lambda x: f'{x:.2f}', na_rep='–'))
-    print(f'{known.verified(table)}.')
+    table = records.verify(runs, experiment, recorded)
+    if not len(table): raise FileNotFoundError(f'no finished stage of {experiment} in {runs} is recorded in {recorded}')
+    print(table.drop(columns='unlike').to_string(index=False, float_format=lambda x: f'{x:.2f}', na_rep='–'))
+    print(f'{records.verified(table)}.', *(f'Otherwise than when recorded: {x}' for x in table.unlike.unique() if x), sep='\n')
+    if output: save_again(experiment, output, runs, recorded)
     if table.verdict.isin(['differs', 'other images']).any(): raise typer.Exit(1)
 
 @app.command()
-def record(experiment: str, runs: Out = Path('runs'), records: Records = Path('data/recorded')):
+def record(experiment: str, runs: Out = Path('runs'), recorded: Records = Path('data/recorded')):
     "Add finished stages to the numbers that come with the package; what is recorded stays."
-    from scaleprotoseg import records as known
-    new = known.record(runs, experiment, records)
-    print('\n'.join(new) or f'nothing new in {runs}')
+    from scaleprotoseg import records
+    new = records.record(runs, experiment, recorded)
+    print('\n'.join(new) or f'nothing of {experiment} in {runs} is new')
 
 # %% ../nbs/16_cli.ipynb #cell-23
 @app.command()

@@ -5,7 +5,6 @@
 # %% ../nbs/15_measures.ipynb #cell-03
 from __future__ import annotations
 
-import hashlib
 import json
 import statistics
 import warnings
@@ -26,7 +25,7 @@ from .protocols import Evaluation
 from .recipes import Recipe
 from .report import (BETTER, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, open_run,
                                   published_references, summarise)
-from .records import finished_seeds, read_record, stage_key
+from .records import finished_seeds, metrics_digest, read_record, stage_key
 from .runs import commit, device_name, run_folder
 from .scales import spread
 from .training import results
@@ -204,8 +203,8 @@ def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, dat
     Measured once for the same results, then kept in the folder of the stage. UnknownName for a dataset without such images, FileNotFoundError if the
     stage is not finished, or without its weights or the images."""
     folder, options = run_folder(runs, recipe, seed, stage), lookup(HELD_OUT, recipe.data.dataset, 'dataset with held-out images')
-    kept, end = folder / 'held_out.json', folder / 'metrics.json'       # which is new whenever the stage is; packed runs have no backbone to compare
-    asked = {**options, 'metrics': hashlib.sha256(end.read_bytes()).hexdigest()[:12] if end.is_file() else ''}
+    kept = folder / 'held_out.json'
+    asked = {**options, 'metrics': metrics_digest(folder)}
     if kept.is_file() and (found := json.loads(kept.read_text())).items() >= asked.items(): return found
     run = open_run(runs, recipe.experiment, recipe.method, recipe.variant, seed, stage, device)
     data, place = run.split('val', data_root, **options), next(run.model.parameters()).device
@@ -218,7 +217,7 @@ def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, dat
 def held_out(runs: str | Path,
              frame: pd.DataFrame,  # of `collect(…, with_main=True)`
              asked: Sequence[Claim], data_root: str | Path = '', device: str = 'auto',
-             recorded: str | Path = '',  # as for `collect`
+             recorded: str | Path = '',  # as for the `collect` of `frame`
             ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of `frame` behind some claims, with `miou` and `accuracy` in percent on `HELD_OUT` images and what they were as `val_miou`; and the IoU
     in percent of every class there (a row each: method, variant, stage, seed, class, iou).
@@ -226,6 +225,7 @@ def held_out(runs: str | Path,
     What cannot be measured, because images or a backbone are not there, is said and left out. ValueError if runs were measured on different images."""
     import pandas as pd
     recipes = {(c.recipe.method, c.recipe.variant): c.recipe for claim in asked for c in (claim.this, claim.against)}
+    if frame.recorded.any() and not recorded: raise ValueError('some runs are recorded ones: say in `recorded` where')
     kept = {e: read_record(e, recorded) for e in {r.experiment for r in recipes.values()}} if recorded else {}
     found, scores, classes = claims_runs(frame, asked), {}, []
     for r in found.itertuples():
@@ -238,7 +238,8 @@ def held_out(runs: str | Path,
         classes += [{'method': r.method, 'variant': r.variant, 'stage': r.stage, 'seed': r.seed, 'class': c, 'iou': None if x is None else 100 * x}
                     for c, x in s['iou'].items()]
     if len({s.pop('of') for s in scores.values()}) > 1:
-        raise ValueError(f'{runs} holds scores on different held-out images ({"; ".join(sorted({s["data"] for s in scores.values()}))}); delete the wrong held_out.json')
+        raise ValueError(f'there are scores on different held-out images ({"; ".join(sorted({s["data"] for s in scores.values()}))}): delete the wrong held_out.json '
+                         f'in {runs}{f", or do without {recorded}" if recorded else ""}')
     found = found.loc[list(scores)].assign(val_miou=lambda f: f.miou)
     for k in ('miou', 'accuracy', 'data'): found[k] = [s[k] for s in scores.values()]
     return found, pd.DataFrame(classes, columns=['method', 'variant', 'stage', 'seed', 'class', 'iou'])

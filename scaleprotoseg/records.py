@@ -5,15 +5,17 @@
 # %% ../nbs/15_records.ipynb #cell-03
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .basics import from_root, replace_file
+from .basics import replace_file
 from .contents import is_ablation, known_recipes, main_experiment
 from .recipes import Recipe
 from .runs import is_finished, read_metrics, run_folder
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['RECORDED', 'COLUMNS', 'NEAR', 'VERDICTS', 'stage_key', 'Finished', 'stage_facts', 'finished_stage', 'finished_seeds',
-           'finished', 'read_record', 'collect', 'record', 'verify', 'verified']
+__all__ = ['RECORDED', 'COLUMNS', 'NEAR', 'VERDICTS', 'stage_key', 'Finished', 'stage_facts', 'metrics_digest', 'finished_stage',
+           'finished_seeds', 'finished', 'read_record', 'collect', 'rows_of', 'record', 'verify', 'verified']
 
 # %% ../nbs/15_records.ipynb #cell-05
 def stage_key(recipe: Recipe, seed: int, stage: str) -> str:
@@ -59,7 +61,13 @@ def stage_facts(folder: Path) -> dict:
     "What `provenance.json` says of a finished stage (nothing if there is none), its scores as `metrics` and, if it has them, as `held_out`."
     metrics = {k: v for k, v in read_metrics(folder).items() if k in _METRICS}
     held_out = {k: v for k, v in _read_json(folder / 'held_out.json').items() if k not in ('confusion', 'prototypes')}
-    return {**_read_json(folder / 'provenance.json'), 'metrics': metrics, **({'held_out': held_out} if held_out else {})}
+    of_these = held_out.get('metrics') == metrics_digest(folder)      # and not of a run that was here before
+    return {**_read_json(folder / 'provenance.json'), 'metrics': metrics, **({'held_out': held_out} if of_these else {})}
+
+def metrics_digest(folder: Path) -> str:
+    "Short hash of a stage's `metrics.json`, which is new whenever the stage is; '' if it is not finished."
+    path = folder / 'metrics.json'
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ''
 
 def _read_json(path: Path) -> Any: return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -89,65 +97,96 @@ RECORDED = 'data/recorded'
 
 def finished(runs: str | Path,  # folder of all runs
              experiment: str,
-             recorded: str | Path = '',  # folder of records that stand in for stages that are not in `runs`; '': none do
+             with_main: bool = False, # an experiment of ablations together with the one that it varies
+             recorded: str | Path = '', # folder of records; '': none
             ) -> list[Finished]:
-    "All finished stages of an experiment in the order of its recipes. Unknown experiments raise KeyError."
-    kept, found = read_record(experiment, recorded) if recorded else {}, []
-    for r in known_recipes(experiment):
-        seeds = {*_seeds(runs, r), *(f.seed for f in kept.values() if f.recipe == r)}
-        for seed, stage in [(seed, s.name) for seed in sorted(seeds) for s in r.stages]:
-            if folder := finished_stage(runs, r, seed, stage): found.append(Finished(r, seed, stage, stage_facts(folder), folder))
-            elif there := kept.get(stage_key(r, seed, stage)): found.append(there)
-    return found
+    """All finished stages of an experiment in the order of its recipes.
 
-def read_record(experiment: str, folder: str | Path = RECORDED) -> dict[str, Finished]:
-    """The recorded stages of an experiment by their key; those that another recipe made than today's are left out.
+    A record stands in for a method and seed of which nothing is finished in `runs`, as a whole, so that a run is one training; not if it is of other
+    images than what is there (with a warning). Unknown experiments raise KeyError, a folder that does not exist FileNotFoundError."""
+    names = [*([main_experiment(experiment)] if with_main and is_ablation(experiment) else []), experiment]
+    recipes = [r for name in names for r in known_recipes(name)]
+    own = [Finished(r, seed, s.name, stage_facts(folder), folder) for r in recipes for seed in _seeds(runs, r) for s in r.stages
+           if (folder := finished_stage(runs, r, seed, s.name))]
+    if not recorded: return own
+    if not Path(recorded).is_dir(): raise FileNotFoundError(f'{recorded} is no folder of records; expected one like {RECORDED}')
+    here, images = {(f.recipe.name, f.seed) for f in own}, {k: v for f in own for k, v in _images(f).items()}
+    kept = [f for name in names for f in read_record(name, recorded).values() if (f.recipe.name, f.seed) not in here]
+    alike = [f for f in kept if all(images.get(k, v) == v for k, v in _images(f).items())]
+    if len(alike) < len(kept): warnings.warn(f'{len(kept) - len(alike)} recorded stages left out: they are of other images than {runs}', stacklevel=2)
+    order = {r.name: i for i, r in enumerate(recipes)}
+    return sorted(own + alike, key=lambda f: (order[f.recipe.name], f.seed))
+
+def _images(f: Finished) -> dict[str, dict]:
+    "What is known of the images of every split that a recipe names."
+    return {json.dumps([f.recipe.data.dataset, dict(options)]): made for role, options in f.recipe.data.splits.items() if (made := f.facts.get('data', {}).get(role))}
+
+def read_record(experiment: str, recorded: str | Path = RECORDED) -> dict[str, Finished]:
+    """The recorded stages of an experiment by their key; those that another recipe made than today's are left out with a warning.
 
     Nothing if the experiment has no record. ValueError for a damaged file."""
-    path, stages = _record_file(experiment, folder), {(r.name, s.name): r for r in known_recipes(experiment) for s in r.stages}
+    path, recipes = Path(recorded) / f'{experiment}.json', {r.name.split('/')[1]: r for r in known_recipes(experiment)}
     if not path.is_file(): return {}
-    try: return {key: f for key, facts in json.loads(path.read_text()).items() if (f := _recorded(key, facts, experiment, stages))}
+    try: found = [_read_line(key, facts, recipes) for key, facts in json.loads(path.read_text()).items()]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f'{path} is damaged ({e!r}); expected what `scaleprotoseg record` writes') from e
+    todays = {f.key: f for f in found if f and f.facts['recipe'] == f.recipe.digest(f.stage)}
+    if old := sum(f is not None for f in found) - len(todays):
+        warnings.warn(f'{old} of {len(found)} lines of {path} left out: made by recipes that are others now', stacklevel=2)
+    return todays
 
-def _recorded(key: str, facts: dict, experiment: str, stages: dict) -> Finished | None:
-    (name, seed, stage), made_by, _ = key.split('/'), facts['recipe'], facts['metrics']['miou']
-    recipe, seed = stages.get((f'{experiment}/{name}', stage)), int(seed.removeprefix('seed'))
-    return Finished(recipe, seed, stage, facts, None) if recipe and recipe.digest(stage) == made_by else None
-
-def _record_file(experiment: str, folder: str | Path) -> Path: return from_root(folder) / f'{experiment}.json'
+def _read_line(key: str, facts: dict, recipes: dict[str, Recipe]) -> Finished | None:
+    "A line of a record; None if there is no such method or stage (it may be somebody's own)."
+    (name, seed, stage), _, _ = key.split('/'), facts['recipe'], float(facts['metrics']['miou'])
+    f = Finished(recipes.get(name), int(seed.removeprefix('seed')), stage, facts, None)
+    return f if f.recipe and stage in {s.name for s in f.recipe.stages} else None
 
 # %% ../nbs/15_records.ipynb #cell-08
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',
            'steps', 'seconds', 'memory_mb', 'cuda_mb', 'device', 'commit', 'recipe', 'finished', 'recorded', 'data')
 
-def collect(runs: str | Path,  # folder of all runs
-            experiment: str,
-            with_main: bool = False, # an experiment of ablations together with the one that it varies
-            recorded: str | Path = '', # as for `finished`
+def collect(runs: str | Path, experiment: str, with_main: bool = False, recorded: str | Path = '',  # as for `finished`
            ) -> pd.DataFrame:  # columns `COLUMNS`
-    """All finished stages of an experiment; `miou` and `accuracy` in percent, memory in MB.
+    """All finished stages of an experiment; `miou` and `accuracy` in percent, memory in MB; `recorded`: it stands in for a run that is not there.
 
-    Prototype counts as in `metrics.json`; a black box has none. Unknown experiments raise KeyError."""
+    Prototype counts as in `metrics.json`; a black box has none. Raises what `finished` raises."""
+    return rows_of(finished(runs, experiment, with_main, recorded))
+
+def rows_of(stages: Iterable[Finished]) -> pd.DataFrame:  # columns `COLUMNS`
+    "The frame that `collect` makes of finished stages."
     import pandas as pd
-    varied = [main_experiment(experiment)] if with_main and is_ablation(experiment) else []
-    return pd.DataFrame([f.row for e in (*varied, experiment) for f in finished(runs, e, recorded)], columns=list(COLUMNS))
+    return pd.DataFrame([f.row for f in stages], columns=list(COLUMNS))
 
 # %% ../nbs/15_records.ipynb #cell-13
-def record(runs: str | Path, experiment: str, folder: str | Path = RECORDED) -> list[str]:  # keys of what is new
-    """Add the finished stages of an experiment, and scores of held-out images that recorded ones were given since, to its record.
+def record(runs: str | Path, experiment: str, recorded: str | Path = RECORDED) -> list[str]:  # keys of what is new
+    """Add the finished stages of an experiment, and scores of held-out images that the same results were given since, to its record.
 
-    ValueError, and nothing is written, if the code of one is not known (no commit, or changed files)."""
-    kept, path = read_record(experiment, folder), _record_file(experiment, folder)
-    ours = finished(runs, experiment, folder)
-    if lost := [f.key for f in ours if f.key not in kept and not _in_a_commit(f)]: raise ValueError(f'nothing was recorded: the code that made {", ".join(lost)} is in no commit')
-    new = [f.key for f in ours if f.key not in kept or ('held_out' in f.facts) > ('held_out' in kept[f.key].facts) and _same(f, kept[f.key])]
-    lines = [f'{json.dumps(f.key)}: {json.dumps(f.facts if f.key in new else kept[f.key].facts)}' for f in ours]
+    Lines of recipes that are not known here stay, those of recipes that are others now go. ValueError, and nothing is written, if the code that made
+    something is not known (no commit, or changed files) or its recipe is not."""
+    path, kept, new = Path(recorded) / f'{experiment}.json', read_record(experiment, recorded), {}
+    for f in finished(runs, experiment):
+        there = kept[f.key].facts if f.key in kept else {}
+        if not there: new[f.key] = f.facts
+        elif 'held_out' in f.facts and 'held_out' not in there and _same(f, kept[f.key]): new[f.key] = {**there, 'held_out': f.facts['held_out']}
+        if f.key in new and (why := _not_traceable(f)): raise ValueError(f'nothing was recorded: {f.key} {why}')
+    if not new: return []
+    recipes = {r.name.split('/')[1]: r for r in known_recipes(experiment)}
+    written = json.loads(path.read_text()) if path.is_file() else {}
+    lines = {k: v for k, v in written.items() if k in kept or not _read_line(k, v, recipes)} | new
+    names, stages = list(recipes), lambda name: [s.name for s in recipes[name].stages]
+    def place(key):
+        name, seed, stage = key.split('/')
+        return (names.index(name), int(seed[4:]), stages(name).index(stage)) if name in names and stage in stages(name) else (len(names), 0, 0)
+    text = ',\n'.join(f'{json.dumps(k)}: {json.dumps(lines[k])}' for k in sorted(lines, key=place))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if new: replace_file(path, lambda p: p.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8'))
-    return new
+    replace_file(path, lambda p: p.write_text(f'{{\n{text}\n}}\n', encoding='utf-8'))
+    return list(new)
 
-def _in_a_commit(f: Finished) -> bool: return re.fullmatch('[0-9a-f]+', f.facts.get('commit', '')) is not None
+def _not_traceable(f: Finished) -> str:
+    "Why nobody could make a result again; '' if one could."
+    commits = [x.get('commit') or 'unknown' for x in (f.facts, f.facts.get('held_out', f.facts))]
+    if wrong := [c for c in commits if not re.fullmatch('[0-9a-f]+', c)]: return f'was made by code that is in no commit ({wrong[0]})'
+    return '' if f.facts.get('recipe') == f.recipe.digest(f.stage) else 'does not say which recipe made it'
 
 def _same(a: Finished, b: Finished) -> bool:
     "The same scores and counts to the last digit?"
@@ -156,32 +195,35 @@ def _same(a: Finished, b: Finished) -> bool:
 # %% ../nbs/15_records.ipynb #cell-16
 NEAR = 2.   # points of mIoU; another model of processor moved the stages of the demo by up to 1.4 (figures/again/demo.md)
 
-def verify(runs: str | Path, experiment: str, folder: str | Path = RECORDED,
+VERDICTS = {'same': 'the same scores to the last digit', 'close': f'close (within {NEAR:g} points or two deviations over seeds)', 'differs': 'not the same',
+            'other images': 'of other images', 'itself': 'the recorded runs themselves'}
+
+def verify(runs: str | Path, experiment: str, recorded: str | Path = RECORDED,
           ) -> pd.DataFrame:   # method, variant, stage, seed, miou, recorded_miou, difference, verdict, unlike
     """Every finished stage that is recorded too, beside its record; mIoU in percent.
 
-    `verdict`: `recorded`, it is the recorded run itself; `same`, scores and prototypes are those of the record to the last digit; `close`, mIoU is
-    within `NEAR` points or two deviations over recorded seeds; else `differs`, or `other images`, which are not compared. `unlike`: what else is not as
-    it was when recorded (device, precision, libraries). ValueError for a damaged record."""
+    `verdict`, see `VERDICTS`: `same` is scores and prototypes; `close` is mIoU, within `NEAR` points or two deviations over recorded seeds; other images
+    are not compared. `unlike`: what else is not as it was when recorded (device, precision, libraries). ValueError for a damaged record."""
     import pandas as pd
-    kept, rows = read_record(experiment, folder), []
+    kept, rows = read_record(experiment, recorded), []
     for f in finished(runs, experiment):
         if not (then := kept.get(f.key)): continue
-        scores = [x.row['miou'] for x in kept.values() if (x.recipe, x.stage) == (f.recipe, f.stage)]
+        scores = [x.row['miou'] for x in kept.values() if (x.recipe.name, x.stage) == (f.recipe.name, f.stage)]
         apart, margin = f.row['miou'] - then.row['miou'], max(NEAR, 2 * statistics.stdev(scores) if len(scores) > 1 else 0.)
-        verdict = ('recorded' if f.facts.get('finished', 'now') == then.facts.get('finished') else 'other images' if f.facts.get('data') != then.facts.get('data')
+        verdict = ('itself' if f.facts.get('finished', 'now') == then.facts.get('finished') else 'other images' if not _same_images(f, then)
                    else 'same' if _same(f, then) else 'close' if abs(apart) <= margin else 'differs')
         rows.append({**{k: f.row[k] for k in ('method', 'variant', 'stage', 'seed', 'miou')}, 'recorded_miou': then.row['miou'],
-                     'difference': None if verdict == 'other images' else apart, 'verdict': verdict, 'unlike': _unlike(f.facts, then.facts)})
+                     'difference': float('nan') if verdict == 'other images' else apart, 'verdict': verdict, 'unlike': _unlike(f.facts, then.facts)})
     return pd.DataFrame(rows, columns=['method', 'variant', 'stage', 'seed', 'miou', 'recorded_miou', 'difference', 'verdict', 'unlike'])
+
+def _same_images(a: Finished, b: Finished) -> bool:
+    theirs = _images(b)
+    return all(theirs.get(k, v) == v for k, v in _images(a).items())
 
 def _unlike(now: dict, then: dict) -> str:
     flat = lambda f: {k: f.get(k, 'unknown') for k in ('device', 'precision')} | f.get('versions', {})
     a, b = flat(now), flat(then)
     return '; '.join(f'{k} {a.get(k, "unknown")}, was {b.get(k, "unknown")}' for k in {**b, **a} if a.get(k) != b.get(k))
-
-VERDICTS = {'same': 'the same scores to the last digit', 'close': f'close (within {NEAR:g} points or two deviations over seeds)', 'differs': 'not the same',
-            'other images': 'of other images', 'recorded': 'the recorded runs themselves'}
 
 def verified(table: pd.DataFrame) -> str:
     "A sentence of what `verify` found; '' if nothing was compared with a record."

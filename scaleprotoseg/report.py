@@ -28,7 +28,7 @@ from .interpretability import used_prototypes
 from .model import Model, load_model, pick_device, read_config
 from .notebooks import NotebookFailed, _read_notebook, run_cells
 from .recipes import Recipe, experiments, find_recipe, recipes_of
-from .records import COLUMNS, Finished, RECORDED, collect, finished, finished_stage, stage_facts, stage_key, verified, verify
+from .records import COLUMNS, RECORDED, Finished, collect, finished, finished_stage, read_record, rows_of, stage_facts, verified, verify
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -323,7 +323,8 @@ def claims(experiment: str) -> list[Claim]:
     main = {r.method: r for r in known_recipes(main_experiment(experiment)) if not r.variant}
     case = lambda r, stage='': Case(r, stage or r.reported.name, '')
     found, grouped, view, proto = [], main.get('scaleprotoseg'), main.get('prototype_view'), main.get('protoseg')
-    box = next(r for r in compared(main_experiment(experiment)) if not r.model.get('per_class') and r.stages[0].head == 'direct')
+    box = next((r for r in compared(main_experiment(experiment)) if not r.model.get('per_class') and r.stages[0].head == 'direct'), None)
+    if box is None: return []      # somebody's own experiment, with nothing to compare with
     if grouped and not is_ablation(experiment):
         found = [Claim('What does interpretability cost?', case(grouped), case(box)),
                  Claim('What do groups cost?', case(grouped), case(grouped, 'finetune')),
@@ -487,36 +488,43 @@ def methods_again(table: pd.DataFrame,   # of `verify`
     import pandas as pd
     rows, deviation = [], lambda x: statistics.stdev(x) if len(x) > 1 else None
     for r in known_recipes(experiment):
-        at = table[(table.method == r.method) & (table.variant == r.variant) & (table.stage == r.reported.name) & table.difference.notna() & (table.verdict != 'recorded')]
+        at = _second(table)[lambda t, r=r: (t.method == r.method) & (t.variant == r.variant) & (t.stage == r.reported.name)]
         if len(at): rows.append({'method': r.method, 'variant': r.variant, 'stage': r.reported.name, 'runs': len(at),
                                  'recorded_miou': at.recorded_miou.mean(), 'recorded_std': deviation(at.recorded_miou.tolist()),
                                  'miou': at.miou.mean(), 'std': deviation(at.miou.tolist()), 'apart': statistics.fmean(at.difference ** 2) ** .5})
     return pd.DataFrame(rows, columns=['method', 'variant', 'stage', 'runs', 'recorded_miou', 'recorded_std', 'miou', 'std', 'apart'], dtype=object)
 
-def claims_again(ours: pd.DataFrame,       # of `collect(…, with_main=True)`
-                 recorded: pd.DataFrame,   # the same, of records alone
+def _second(table: pd.DataFrame) -> pd.DataFrame:
+    "The rows of `verify` that are a second set of runs: neither the recorded ones nor of other images."
+    return table[~table.verdict.isin(['itself', 'other images'])]
+
+def claims_again(first: pd.DataFrame, second: pd.DataFrame,   # of `collect(…, with_main=True)`, two sets of runs
                  asked: Sequence[Claim]) -> pd.DataFrame:
-    "The difference of every claim over recorded pairs, over ours, and over `all` of them; claims of which one side has no pair are left out."
+    "The difference of every claim over the pairs of one set of runs, of another, and over `all` of them; claims of which one set has no pair are left out."
     import pandas as pd
-    known = set(zip(recorded.method, recorded.variant, recorded.stage, recorded.seed, recorded.finished))
-    ours = ours[[key not in known for key in zip(ours.method, ours.variant, ours.stage, ours.seed, ours.finished)]]
-    both = pd.concat([ours.astype(object), recorded.assign(seed=-1 - recorded.seed).astype(object)])     # a pair is of one set of runs
-    found = {name: claims_table(frame, asked) for name, frame in {'recorded_': recorded, '': ours, 'all_': both}.items()}
+    both = pd.concat([first.astype(object), second.assign(seed=-1 - second.seed).astype(object)])     # a pair is of one set of runs
+    found = {name: claims_table(frame, asked) for name, frame in {'recorded_': first, '': second, 'all_': both}.items()}
     table = found[''][['question', 'this', 'against']].assign(**{f'{name}{c}': t[c] for name, t in found.items() for c in ('pairs', 'difference', 'std')})
     return table[(table.pairs > 0) & (table.recorded_pairs > 0)]
 
 def save_again(experiment: str, path: str | Path,   # without ending
-               runs: str | Path = 'runs', recorded: str | Path = RECORDED) -> pd.DataFrame:
-    """Write what `verify` returns, `<path>_methods` and `<path>_claims` as tables, and `<path>.json`, what made the stages and what came out; returns the first."""
-    path, table, ours = Path(path), verify(runs, experiment, recorded), finished(runs, experiment)
-    keys = {stage_key(find_recipe(experiment, r.method, r.variant), r.seed, r.stage) for r in table.itertuples()}
-    frame, kept = collect(runs, experiment, with_main=True), collect(path / 'no runs', experiment, with_main=True, recorded=recorded)
-    ran = provenance_text(frame.assign(recipe=None))
-    save_table(table, path, f'mIoU in percent of finished stages of {experiment} and of their records. {verified(table)}. {ran}')
-    save_table(methods_again(table, experiment), _with_ending(path, '_methods'), f'mIoU in percent of the reported stages of {experiment}, recorded and again; `apart`: root mean square of the difference between runs of one seed. {ran}')
-    save_table(claims_again(frame, kept, claims(experiment)), _with_ending(path, '_claims'), f'Differences in mIoU of two models that share their seed, over the recorded pairs, over the runs again, and over all. {ran}')
-    write_json(_with_ending(path, '.json'), {f.key: f.facts for f in ours if f.key in keys})
-    return table
+               runs: str | Path = 'runs', recorded: str | Path = RECORDED) -> None:
+    """Write what `verify` returns, `<path>_methods` and `<path>_claims` as tables, and `<path>.json`, what made the second set of runs and what came out.
+
+    Of an experiment of ablations the claims rest on the main experiment's runs too. ValueError if nothing here is a second set."""
+    path, table, names = Path(path), verify(runs, experiment, recorded), {main_experiment(experiment), experiment}
+    keys = {key for name in names for key in _keys(_second(verify(runs, name, recorded)))}
+    again, kept = collect(runs, experiment, with_main=True), rows_of(f for name in names for f in read_record(name, recorded).values())
+    again = again[[key in keys for key in _keys(again)]]
+    if not len(again): raise ValueError(f'nothing in {runs} is a second run of what is recorded in {recorded}')
+    asked = claims(experiment)
+    made, ran = claims_again(kept, again, asked), lambda frame: provenance_text(frame.assign(recipe=None))
+    save_table(table, path, f'mIoU in percent of finished stages of {experiment} and of their records. {verified(table)}. {ran(again)}')
+    save_table(methods_again(table, experiment), _with_ending(path, '_methods'), f'mIoU in percent of the reported stages of {experiment}, recorded and again; `apart`: root mean square of the difference between runs of one seed. {ran(again)}')
+    save_table(made, _with_ending(path, '_claims'), f'Differences in mIoU of two models that share their seed, over the recorded pairs, over those of a second set of runs, and over all. Recorded: {ran(claims_runs(kept, asked))} Again: {ran(claims_runs(again, asked))}')
+    write_json(_with_ending(path, '.json'), {f.key: f.facts for f in finished(runs, experiment, with_main=True) if (f.recipe.method, f.recipe.variant, f.stage, f.seed) in keys})
+
+def _keys(frame: pd.DataFrame) -> list[tuple]: return list(zip(frame.method, frame.variant, frame.stage, frame.seed))
 
 # %% ../nbs/15_report.ipynb #cell-48
 @dataclass
@@ -716,12 +724,13 @@ def _sections(folder: Path, experiment: str) -> str:
 def _what_was_run(frame: pd.DataFrame, experiment: str, again: pd.DataFrame) -> dict[str, str]:
     "Methods, time, memory and provenance of an experiment, and whether scores are the recorded ones, as text."
     methods, once = [r.name.split('/')[1] for r in known_recipes(experiment)], distinct(frame)
+    kept = int(once.recorded.sum())
     done = {f'{m}-{v}' if v else m for m, v in zip(frame.method, frame.variant)}
     memory = {'process': frame.memory_mb.max(), 'accelerator': frame.cuda_mb.max()}
     peaks = [f'{where} {mb:.0f} MB' for where, mb in memory.items() if mb > 0]     # NaN is not > 0
     return {'Methods': ', '.join(m for m in methods if m in done),
              'Not run': ', '.join(m for m in methods if m not in done),
-             'Stages': f'{len(once)} finished, {duration(once.seconds.dropna().sum())} in total',
+             'Stages': f'{len(once)} finished, {f"{kept} of them as recorded, " * (kept > 0)}{duration(once.seconds.dropna().sum())} in total',
              'Peak memory': ', '.join(peaks),
              'Provenance': provenance_text(once.assign(recipe=None)),
              'Against the record': verified(again)}
@@ -782,8 +791,8 @@ def build_report(experiment: str, figures: str | Path = 'figures', runs: str | P
     finished stage, and its scores) and, if the data have terms of their own, `NOTICE.md`; renew `<figures>/contents.md`.
 
     FileNotFoundError if nothing was run."""
-    stages, again, out = finished(runs, experiment, recorded), verify(runs, experiment), Path(figures) / experiment
-    frame = collect(runs, experiment, recorded=recorded)
+    stages, out = finished(runs, experiment, recorded=recorded), Path(figures) / experiment
+    frame, again = rows_of(stages), verify(runs, experiment, recorded or from_root(RECORDED))
     if not len(frame):
         raise FileNotFoundError(f'no finished stage of {experiment} in {runs}; run `scaleprotoseg reproduce '
                                 f'--experiment {experiment}`')
@@ -797,7 +806,7 @@ def build_report(experiment: str, figures: str | Path = 'figures', runs: str | P
     out.mkdir(parents=True, exist_ok=True)
     lines = ''.join(f'- {k}: {v}\n' for k, v in facts.items() if v)
     replace_file(out / 'summary.md', lambda p: p.write_text(lines, encoding='utf-8'))
-    write_json(out / 'provenance.json', {f.key: f.facts for f in stages})
+    write_json(out / 'provenance.json', {f.key: f.facts | ({} if f.folder else {'recorded': True}) for f in stages})
     if _terms(experiment): replace_file(out / 'NOTICE.md', lambda p: p.write_text(_notice(experiment), encoding='utf-8'))
     replace_file(out / 'report.html', lambda p: p.write_text(page, encoding='utf-8'))
     write_contents(figures, folder)

@@ -14,7 +14,7 @@ from saved import finish
 from scaleprotoseg import recipes
 from scaleprotoseg.measures import held_out, held_out_claims
 from scaleprotoseg.recipes import changed, experiments, find_recipe
-from scaleprotoseg.records import collect, finished, read_record, record, verified, verify
+from scaleprotoseg.records import collect, finished, metrics_digest, read_record, record, verified, verify
 from scaleprotoseg.report import build_report, claims, claims_table, distinct, provenance_text, save_again
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +42,17 @@ def records(runs, tmp_path):
 def change(folder, file='provenance.json', **facts):
     path = folder / file
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **facts}))
+
+
+def change_run(folder, **facts):
+    change(folder, **facts)
+    return folder
+
+
+def hold_out(folder, **facts):
+    "Scores on held-out images, of the stage's present results."
+    change(folder, 'held_out.json', **{'split': 'test', 'images': 3, 'data': 'd', 'miou': .4, 'accuracy': .5, 'iou': {'a': .4, 'b': None},
+                                       'commit': 'c0ffee', 'metrics': metrics_digest(folder), **facts})
 
 
 # what was run
@@ -93,14 +104,35 @@ def test_a_record_gives_the_rows_of_the_runs(runs, records, tmp_path):
     assert len(collect(tmp_path / 'nothing', 'demo')) == 0                             # never unless asked for
 
 
-def test_what_was_run_here_comes_before_what_is_recorded(records, tmp_path):
-    finish(tmp_path / 'mine', 'demo', 'protoseg', 'finetune', 0, .60, finished=LATER)
+def test_what_was_run_here_comes_before_what_is_recorded_and_a_run_is_one_training(records, tmp_path):
+    finish(tmp_path / 'mine', 'demo', 'protoseg', 'finetune', 0, .60, finished=LATER)  # no prune_finetune yet: nothing recorded takes its place
     finish(tmp_path / 'mine', 'demo', 'protoseg', 'finetune', 7, .61, finished=LATER)
     frame = collect(tmp_path / 'mine', 'demo', recorded=records)
     mine = frame[~frame.recorded]
-    assert len(frame) == 6 and list(zip(mine.seed, mine.miou)) == [(0, 60.), (7, 61.)]
-    assert frame.seed.tolist() == [0, 0, 7, 0, 1, 2]                                   # in the order of recipes and seeds
-    assert '4 of 6 as recorded' in provenance_text(frame) and 'recorded' not in provenance_text(mine)
+    assert list(zip(frame.stage, frame.seed)) == [('finetune', 0), ('finetune', 7), *(('threshold', s) for s in range(3))]
+    assert list(zip(mine.seed, mine.miou)) == [(0, 60.), (7, 61.)]
+    assert '3 of 5 as recorded' in provenance_text(frame) and 'recorded' not in provenance_text(mine)
+
+
+def test_what_is_recorded_of_other_images_does_not_stand_in(tmp_path):
+    val = find_recipe('em-quick', 'unet').data.splits['val']
+    of = lambda contents: {'val': {'dataset': 'em', 'images': 10, 'contents': contents}}
+    change(finish(tmp_path / 'theirs', 'em-quick', 'unet', 'joint', 0, .7), data=of('a'))
+    change(finish(tmp_path / 'theirs', 'em-quick', 'unet', 'joint', 0, .7, variant='split2'), data=of('b'))
+    record(tmp_path / 'theirs', 'em-quick', tmp_path / 'recorded')
+    folder = finish(tmp_path / 'mine', 'em-quick-ablations', 'unet', 'joint', 0, .8, variant='no_zoom')
+    assert find_recipe('em-quick-ablations', 'unet', 'no_zoom').data.splits['val'] == val
+    change(folder, data=of('a'))
+    assert len(collect(tmp_path / 'mine', 'em-quick-ablations', True, tmp_path / 'recorded')) == 3
+    change(folder, data=of('c'))
+    with pytest.warns(UserWarning, match='1 recorded stages left out: they are of other images'): frame = collect(tmp_path / 'mine', 'em-quick-ablations', True, tmp_path / 'recorded')
+    assert frame.variant.tolist() == ['split2', 'no_zoom']      # another division of the images is another split
+
+
+@pytest.mark.parametrize('place', ['nowhere', 'recorded/demo.json'])
+def test_records_that_are_asked_for_must_be_there(records, tmp_path, place):
+    with pytest.raises(FileNotFoundError, match=f'{place} is no folder of records'): collect(tmp_path, 'demo', recorded=tmp_path / place)
+    assert len(collect(tmp_path / 'runs', 'em-quick', recorded=records)) == 0           # an experiment without a record is none
 
 
 def test_a_record_only_grows(runs, records, tmp_path):
@@ -110,8 +142,9 @@ def test_a_record_only_grows(runs, records, tmp_path):
     assert record(runs, 'demo', records) == [] and (records / 'demo.json').read_text() == before
     finish(runs, 'demo', 'protoseg', 'finetune', 1, .90)
     assert record(runs, 'demo', records) == ['protoseg/seed1/finetune']
-    assert set(before.splitlines()[1:-1]) - {x.rstrip(',') + ',' for x in (records / 'demo.json').read_text().splitlines()} <= {before.splitlines()[-2]}
-    assert read_record('demo', records)['protoseg/seed0/finetune'].facts['metrics']['miou'] == .48
+    after = json.loads((records / 'demo.json').read_text())
+    assert {k: v for k, v in after.items() if k != 'protoseg/seed1/finetune'} == json.loads(before)
+    assert [k for k in after if k.startswith('protoseg')] == ['protoseg/seed0/finetune', 'protoseg/seed0/prune_finetune', 'protoseg/seed1/finetune']
 
 
 def test_one_machine_does_not_drop_what_another_recorded(records, tmp_path):
@@ -121,30 +154,48 @@ def test_one_machine_does_not_drop_what_another_recorded(records, tmp_path):
 
 
 def test_held_out_scores_that_come_later_are_added_to_the_same_result_only(runs, records):
-    stage = runs / 'demo/protoseg/seed0/finetune'
-    change(stage, 'held_out.json', split='test', miou=.4)
-    change(runs / 'demo/protoseg/seed0/prune_finetune', 'held_out.json', split='test', miou=.4)
+    before = read_record('demo', records)['protoseg/seed0/finetune'].facts
+    hold_out(change_run(runs / 'demo/protoseg/seed0/finetune', finished=LATER, device='cpu other, threads: 1'))      # another run with the same scores
     change(runs / 'demo/protoseg/seed0/prune_finetune', 'metrics.json', miou=.481)
+    hold_out(runs / 'demo/protoseg/seed0/prune_finetune')
+    hold_out(runs / 'demo/scaleprotoseg/seed0/threshold', metrics='of a run before')
     assert record(runs, 'demo', records) == ['protoseg/seed0/finetune']
-    assert read_record('demo', records)['protoseg/seed0/finetune'].facts['held_out'] == {'split': 'test', 'miou': .4}
+    facts = read_record('demo', records)['protoseg/seed0/finetune'].facts
+    assert facts['held_out']['miou'] == .4 and {k: v for k, v in facts.items() if k != 'held_out'} == before
 
 
 def test_the_record_of_another_recipe_is_left_out_and_leaves_with_the_next(runs, records):
     text = (records / 'demo.json').read_text()
     (records / 'demo.json').write_text(text.replace(find_recipe('demo', 'protoseg').digest('finetune'), '0123456789ab'))
-    assert set(read_record('demo', records)) == {'protoseg/seed0/prune_finetune', *(f'scaleprotoseg/seed{s}/threshold' for s in range(3))}
-    assert record(runs, 'demo', records) == ['protoseg/seed0/finetune'] and (records / 'demo.json').read_text() == text
+    with pytest.warns(UserWarning, match='1 of 5 lines'): known = read_record('demo', records)
+    assert set(known) == {'protoseg/seed0/prune_finetune', *(f'scaleprotoseg/seed{s}/threshold' for s in range(3))}
+    with pytest.warns(UserWarning, match='1 of 5 lines'): new = record(runs, 'demo', records)
+    assert new == ['protoseg/seed0/finetune'] and (records / 'demo.json').read_text() == text
 
 
-@pytest.mark.parametrize('commit', ['unknown', 'c0ffee-dirty', ''])
-def test_a_number_that_nobody_could_trace_is_not_recorded(runs, records, commit):
+def test_lines_of_recipes_that_are_not_known_here_stay(runs, records):
+    lines = json.loads((records / 'demo.json').read_text())
+    (records / 'demo.json').write_text(json.dumps(lines | {'protoseg-somebodys/seed0/joint': lines['protoseg/seed0/finetune']}))
+    finish(runs, 'demo', 'linear', 'joint')
+    assert record(runs, 'demo', records) == ['linear/seed0/joint'] and len(read_record('demo', records)) == 6
+    assert list(json.loads((records / 'demo.json').read_text()))[-1] == 'protoseg-somebodys/seed0/joint'
+
+
+@pytest.mark.parametrize('facts', [{'commit': 'unknown'}, {'commit': 'c0ffee-dirty'}, {'commit': ''}, {'commit': None}, {'recipe': None}, {'recipe': '0123456789ab'}])
+def test_a_number_that_nobody_could_trace_is_not_recorded(runs, records, facts):
     before = (records / 'demo.json').read_text()
-    change(finish(runs, 'demo', 'linear', 'joint'), commit=commit)
-    with pytest.raises(ValueError, match='linear/seed0/joint is in no commit'): record(runs, 'demo', records)
+    change(finish(runs, 'demo', 'linear', 'joint'), **facts)
+    with pytest.raises(ValueError, match='nothing was recorded: linear/seed0/joint '): record(runs, 'demo', records)
     assert (records / 'demo.json').read_text() == before
 
 
-@pytest.mark.parametrize('text', ['{', '[]', '{"protoseg": {}}', '{"protoseg/seedx/joint": {"recipe": "a", "metrics": {"miou": 0.5}}}', '{"protoseg/seed0/joint": {"recipe": "a"}}', 'null'])
+def test_nor_are_held_out_scores_of_unknown_code(runs, records):
+    hold_out(runs / 'demo/protoseg/seed0/finetune', commit='unknown')
+    with pytest.raises(ValueError, match='protoseg/seed0/finetune was made by code that is in no commit'): record(runs, 'demo', records)
+
+
+@pytest.mark.parametrize('text', ['{', '[]', '{"protoseg": {}}', '{"protoseg/seedx/joint": {"recipe": "a", "metrics": {"miou": 0.5}}}', '{"protoseg/seed0/joint": {"recipe": "a"}}',
+                                  '{"protoseg/seed0/joint": {"recipe": "a", "metrics": {"miou": null}}}', 'null'])
 def test_a_damaged_record_is_named(tmp_path, text):
     (tmp_path / 'demo.json').write_text(text)
     with pytest.raises(ValueError, match=r'demo\.json.*record'): read_record('demo', tmp_path)
@@ -163,7 +214,7 @@ def test_a_variant_of_ones_own_is_asked_about(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes, 'RECIPES', dict(recipes.RECIPES))
     main = find_recipe('em-quick', 'unet')
     recipes.add_recipes(replace(changed(main, 'mine', steps=400), experiment='em-quick-ablations'))
-    finish(tmp_path, 'em-quick-ablations', 'unet', 'joint', 0, .77, variant='mine')
+    change(finish(tmp_path, 'em-quick-ablations', 'unet', 'joint', 0, .77, variant='mine'), data={})
     asked = [c for c in claims('em-quick-ablations') if c.question == 'What does mine change?']
     table = claims_table(collect(tmp_path, 'em-quick-ablations', with_main=True, recorded=ROOT / 'data/recorded'), asked)
     assert table.pairs.tolist() == [1] and table.against.tolist() == ['U-Net'] and 0 < table.difference[0] < 2
@@ -172,19 +223,21 @@ def test_a_variant_of_ones_own_is_asked_about(tmp_path, monkeypatch):
 
 def test_recorded_held_out_scores_are_used_and_missing_ones_said(tmp_path, capsys):
     for stage in ('threshold', 'finetune'): finish(tmp_path / 'runs', 'demo', 'scaleprotoseg', stage, alive=100, active=60, total=120)
-    change(tmp_path / 'runs/demo/scaleprotoseg/seed0/threshold', 'held_out.json', split='test', images=3, data='d', miou=.4, accuracy=.5, iou={'a': .4, 'b': None})
+    hold_out(tmp_path / 'runs/demo/scaleprotoseg/seed0/threshold')
     record(tmp_path / 'runs', 'demo', tmp_path / 'recorded')
     frame = collect(tmp_path / 'none', 'demo', recorded=tmp_path / 'recorded')
     found, classes = held_out(tmp_path / 'none', frame, held_out_claims('demo'), recorded=tmp_path / 'recorded')
     assert found.miou.tolist() == [40.] and found.val_miou.tolist() == [50.] and classes.iou.tolist() == pytest.approx([40., float('nan')], nan_ok=True)
     assert 'scaleprotoseg seed 0 finetune is not measured' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='say in `recorded` where'): held_out(tmp_path / 'none', frame, held_out_claims('demo'))
 
 
 def test_a_report_may_rest_on_records(records, tmp_path):
     finish(tmp_path / 'mine', 'demo', 'deeplabv2', 'joint', 0, .60)
     page = build_report('demo', tmp_path / 'figures', tmp_path / 'mine', PUBLISHED, records).read_text()
     assert '53.00' in page and '60.00' in page and '5 of 6 as recorded' in page
-    assert len(json.loads((tmp_path / 'figures/demo/provenance.json').read_text())) == 6
+    stages = json.loads((tmp_path / 'figures/demo/provenance.json').read_text())
+    assert len(stages) == 6 and [k for k, v in stages.items() if not v.get('recorded')] == ['deeplabv2/seed0/joint']
 
 
 # did it come out again?
@@ -200,12 +253,14 @@ def test_verdicts(records, tmp_path):
     finish(mine, 'demo', 'linear', 'joint', 0)                                                       # not recorded
     table = verify(mine, 'demo', records)
     assert dict(zip(zip(table.stage, table.seed), table.verdict)) == {
-        ('threshold', 0): 'same', ('threshold', 1): 'close', ('threshold', 2): 'close', ('finetune', 0): 'other images', ('prune_finetune', 0): 'recorded'}
+        ('threshold', 0): 'same', ('threshold', 1): 'close', ('threshold', 2): 'close', ('finetune', 0): 'other images', ('prune_finetune', 0): 'itself'}
     assert table.set_index('seed').loc[1].unlike == 'device cpu other, threads: 1, was cpu, 2 threads; torch 9.9, was unknown'
     finish(mine, 'demo', 'scaleprotoseg', 'threshold', 2, .49, **how, **counts, active=62)
     assert verify(mine, 'demo', records).set_index('seed').loc[2].verdict == 'differs'
     assert '5 recorded stages: 1 the same' in verified(verify(mine, 'demo', records))
     assert verified(verify(tmp_path / 'none', 'demo', records)) == ''
+    for path in mine.glob('demo/*/*/*/provenance.json'): path.unlink()                             # nothing is known but the scores
+    assert verify(mine, 'demo', records).verdict.tolist() == ['same', 'same', 'same', 'close', 'differs']
 
 
 def test_tables_of_a_second_set_of_runs(tmp_path):
@@ -215,29 +270,36 @@ def test_tables_of_a_second_set_of_runs(tmp_path):
         for seed, miou in enumerate(theirs): finish(tmp_path / 'theirs', 'em-quick', method, stage, seed, miou, **counts)
         for seed, miou in enumerate(ours): finish(mine, 'em-quick', method, stage, seed, miou, finished=LATER, **counts)
     record(tmp_path / 'theirs', 'em-quick', tmp_path / 'recorded')
-    assert save_again('em-quick', tmp_path / 'again', mine, tmp_path / 'recorded').seed.tolist() == [0, 1, 0, 1]
+    save_again('em-quick', tmp_path / 'again', mine, tmp_path / 'recorded')
+    assert pd.read_csv(tmp_path / 'again.csv').seed.tolist() == [0, 1, 0, 1]
     methods, asked = (pd.read_csv(tmp_path / f'again_{name}.csv', na_values='—') for name in ('methods', 'claims'))
     assert methods.method.tolist() == ['unet', 'scaleprotoseg'] and methods.runs.tolist() == [2, 2]
     assert methods.recorded_miou.tolist() == [71.5, 71.] and methods.miou.tolist() == [71.5, 71.] and methods.apart.tolist() == [1., 1.]
     cost = asked[asked.question == 'What does interpretability cost?'].iloc[0]
-    assert len(asked) == 1 and (cost.recorded_pairs, cost.pairs, cost.all_pairs) == (2, 3, 5)
-    assert (cost.recorded_difference, cost.difference, cost.all_difference) == (-.5, 0., -.2)
-    assert cost.all_std == pytest.approx(statistics.stdev([-1, 0, 1, -2, 1]), abs=.01)
+    assert len(asked) == 1 and (cost.recorded_pairs, cost.pairs, cost.all_pairs) == (2, 2, 4)      # seeds that are recorded
+    assert (cost.recorded_difference, cost.difference, cost.all_difference) == (-.5, -.5, -.5)
+    assert cost.all_std == pytest.approx(statistics.stdev([-1, 0, 1, -2]), abs=.01)
     made = json.loads((tmp_path / 'again.json').read_text())
     assert set(made) == {f'{m}/seed{s}/{stage}' for m, stage in scores for s in (0, 1)} and all(x['finished'] == LATER for x in made.values())
-    save_again('em-quick', tmp_path / 'itself', tmp_path / 'theirs', tmp_path / 'recorded')          # the recorded runs are no second set
-    assert len(pd.read_csv(tmp_path / 'itself_methods.csv')) == len(pd.read_csv(tmp_path / 'itself_claims.csv')) == 0
+    with pytest.raises(ValueError, match='second run'): save_again('em-quick', tmp_path / 'itself', tmp_path / 'theirs', tmp_path / 'recorded')
+    change(mine / 'em-quick/unet/seed0/joint', data={'val': {'dataset': 'em', 'images': 3}})         # other images are no second set either
+    change(tmp_path / 'theirs/em-quick/unet/seed0/joint', data={'val': {'dataset': 'em', 'images': 4}})
+    record(tmp_path / 'theirs', 'em-quick', tmp_path / 'other')
+    save_again('em-quick', tmp_path / 'again', mine, tmp_path / 'other')
+    assert pd.read_csv(tmp_path / 'again_claims.csv').pairs.tolist() == [1] and not (tmp_path / 'itself.csv').exists()
 
 
 def test_the_command_says_it_and_ends_accordingly(records, tmp_path):
     def call(*more):
         return subprocess.run([sys.executable, '-m', 'scaleprotoseg', *more], capture_output=True, text=True, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    mine, where = tmp_path / 'mine', ('--runs', str(tmp_path / 'mine'), '--records', str(records))
+    mine, where = tmp_path / 'mine', ('--runs', str(tmp_path / 'mine'), '--recorded', str(records))
     nothing = call('verify', 'demo', *where)
     assert nothing.returncode == 2 and 'no finished stage of demo' in nothing.stderr
     finish(mine, 'demo', 'protoseg', 'finetune', 0, .48, finished=LATER, alive=90, total=100)
     same = call('verify', 'demo', *where)
-    assert same.returncode == 0 and '1 recorded stage: 1 the same' in same.stdout
+    assert same.returncode == 0 and '1 recorded stage: 1 the same' in same.stdout and 'Otherwise' not in same.stdout
+    change(mine / 'demo/protoseg/seed0/finetune', versions={'torch': '9.9'})
+    assert call('verify', 'demo', *where).stdout.endswith('Otherwise than when recorded: torch 9.9, was unknown\n')
     change(mine / 'demo/protoseg/seed0/finetune', 'metrics.json', miou=.2)
     differs = call('verify', 'demo', *where)
     assert differs.returncode == 1 and 'differs' in differs.stdout and '-28.00' in differs.stdout
@@ -259,4 +321,4 @@ def test_records_are_of_todays_recipes_and_can_be_traced(path):
 
 def test_there_are_records():
     assert {'demo', 'em-quick', 'camvid-quick'} <= {p.stem for p in RECORDED}
-    assert len(finished('nowhere', 'demo', ROOT / 'data/recorded')) > 20
+    assert len(finished('nowhere', 'demo', recorded=ROOT / 'data/recorded')) > 20
