@@ -500,10 +500,10 @@ def _second(table: pd.DataFrame) -> pd.DataFrame:
 
 def claims_again(first: pd.DataFrame, second: pd.DataFrame,   # of `collect(…, with_main=True)`, two sets of runs
                  asked: Sequence[Claim]) -> pd.DataFrame:
-    "The difference of every claim over the pairs of one set of runs, of another, and over `all` of them; claims of which one set has no pair are left out."
-    import pandas as pd
-    both = pd.concat([first.astype(object), second.assign(seed=-1 - second.seed).astype(object)])     # a pair is of one set of runs
-    found = {name: claims_table(frame, asked) for name, frame in {'recorded_': first, '': second, 'all_': both}.items()}
+    """The difference of every claim over the pairs of one set of runs and of another; claims of which one set has no pair are left out.
+
+    The sets are not pooled: where runs of one seed hardly differ (`apart` in `methods_again`), a second run is no second sample."""
+    found = {name: claims_table(frame, asked) for name, frame in {'recorded_': first, '': second}.items()}
     table = found[''][['question', 'this', 'against']].assign(**{f'{name}{c}': t[c] for name, t in found.items() for c in ('pairs', 'difference', 'std')})
     return table[(table.pairs > 0) & (table.recorded_pairs > 0)]
 
@@ -521,7 +521,7 @@ def save_again(experiment: str, path: str | Path,   # without ending
     made, ran = claims_again(kept, again, asked), lambda frame: provenance_text(frame.assign(recipe=None))
     save_table(table, path, f'mIoU in percent of finished stages of {experiment} and of their records. {verified(table)}. {ran(again)}')
     save_table(methods_again(table, experiment), _with_ending(path, '_methods'), f'mIoU in percent of the reported stages of {experiment}, recorded and again; `apart`: root mean square of the difference between runs of one seed. {ran(again)}')
-    save_table(made, _with_ending(path, '_claims'), f'Differences in mIoU of two models that share their seed, over the recorded pairs, over those of a second set of runs, and over all. Recorded: {ran(claims_runs(kept, asked))} Again: {ran(claims_runs(again, asked))}')
+    save_table(made, _with_ending(path, '_claims'), f'Differences in mIoU of two models that share their seed, over the recorded pairs and over those of a second set of runs. Recorded: {ran(claims_runs(kept, asked))} Again: {ran(claims_runs(again, asked))}')
     write_json(_with_ending(path, '.json'), {f.key: f.facts for f in finished(runs, experiment, with_main=True) if (f.recipe.method, f.recipe.variant, f.stage, f.seed) in keys})
 
 def _keys(frame: pd.DataFrame) -> list[tuple]: return list(zip(frame.method, frame.variant, frame.stage, frame.seed))
