@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from saved import finish
+from saved import finish, finish_demo
 
 from scaleprotoseg import recipes
 from scaleprotoseg.measures import held_out, held_out_claims
@@ -23,13 +23,7 @@ LATER = '2031-01-01T00:00:00+00:00'
 
 
 @pytest.fixture
-def runs(tmp_path):
-    "ScaleProtoSeg three times, two stages of ProtoSeg."
-    folder = tmp_path / 'runs'
-    for seed, miou in enumerate((.50, .52, .57)):
-        finish(folder, 'demo', 'scaleprotoseg', 'threshold', seed, miou, alive=100, active=60 + seed, total=120)
-    for stage in ('finetune', 'prune_finetune'): finish(folder, 'demo', 'protoseg', stage, 0, .48, alive=90, total=100)
-    return folder
+def runs(tmp_path): return finish_demo(tmp_path / 'runs')
 
 
 @pytest.fixture

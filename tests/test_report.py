@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from saved import finish
+from saved import finish, finish_demo
 
 from scaleprotoseg import report
 from scaleprotoseg.contents import PAPER_NOTEBOOKS, main_experiment, main_table, paper_notebooks
@@ -28,13 +28,7 @@ COLUMNS = ['method', 'step', 'setting', 'data', 'metric', 'value', 'std', 'sourc
 
 
 @pytest.fixture
-def runs(tmp_path):
-    "ScaleProtoSeg three times, ProtoSeg once, no black box."
-    folder = tmp_path / 'runs'
-    for seed, miou in enumerate((.50, .52, .57)):
-        finish(folder, 'demo', 'scaleprotoseg', 'threshold', seed, miou, alive=100, active=60 + seed, total=120)
-    for stage in ('finetune', 'prune_finetune'): finish(folder, 'demo', 'protoseg', stage, 0, .48, alive=90, total=100)
-    return folder
+def runs(tmp_path): return finish_demo(tmp_path / 'runs')
 
 
 def table_of(runs, experiment='demo', name='scaleprotoseg_table_01'):
