@@ -118,6 +118,7 @@ PAPER_NOTEBOOKS = (
     PaperNotebook(_S, 'failure_cases', 'Figure 27-35', 'scaleprotoseg'),
     PaperNotebook(_S, 'claims', '', 'protoseg or scaleprotoseg-one_scale or prototype_view-k1 or unet-zoomed'),
     PaperNotebook('families', 'overview', ''),
+    PaperNotebook('families', 'length', '', 'scaleprotoseg-joint3x'),
     PaperNotebook('families', 'held_out', '', 'protoseg or scaleprotoseg-plus', only=tuple(HELD_OUT)),
     PaperNotebook(_P, 'table_01', 'Table 1', 'protoseg-k4'),
     PaperNotebook(_P, 'figure_01', 'Figure 1-2', 'protoseg'),

@@ -21,7 +21,7 @@ from .basics import from_root, lookup, replace_file, write_json
 from .catalogue import CATALOGUE
 from .contents import (PAPER_NOTEBOOKS, contents_markdown, contents_table, dataset_key, is_ablation, joined,
                                     known_recipes, main_experiment, main_table, paper_notebooks)
-from .data import Dataset, Labels, Sample, open_dataset
+from .data import Dataset, Labels, Sample, open_dataset, palette
 from .evaluation import segment
 from .explain import Atlas, read_atlas
 from .interpretability import used_prototypes
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 __all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BETTER', 'published', 'recipe_table',
            'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published', 'compared',
            'other_draws', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case', 'size_cases',
-           'diversity_cases', 'threshold_cases', 'weight_cases', 'entropy_cases', 'ablation_table', 'Claim', 'claims',
-           'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure', 'distinct', 'provenance_text',
-           'duration', 'used_runs', 'last_runs', 'methods_again', 'claims_again', 'save_again', 'Run', 'open_run',
-           'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title', 'write_contents', 'build_report',
-           'save_results', 'pack_results']
+           'diversity_cases', 'threshold_cases', 'weight_cases', 'length_cases', 'entropy_cases', 'plot_lengths',
+           'ablation_table', 'Claim', 'claims', 'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure',
+           'distinct', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'methods_again', 'claims_again',
+           'save_again', 'Run', 'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title',
+           'write_contents', 'build_report', 'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-11
 def published(name: str,                              # e.g. scaleprotoseg_table_01
@@ -249,11 +249,50 @@ def weight_cases(experiment: str) -> list[Case]:
     weights = [(loss, getattr(r.stage('joint').train, loss), r) for loss in ('contrast', 'distance') for r in found if r.variant.startswith(loss) or not r.variant]
     return [Case(r, r.reported.name, f'{loss} = {w:g}') for loss, w, r in sorted(weights, key=lambda x: x[:2])]
 
+def length_cases(experiment: str) -> list[Case]:
+    """Every method that has variants with more updates of the network (`joint3x`), the shortest training first: after joint training, projection and
+    fine-tuning, and as the papers report it."""
+    longer = [r for r in known_recipes(experiment) if re.fullmatch(r'joint\d+x', r.variant)]
+    methods = list(dict.fromkeys(r.method for r in longer))
+    found = sorted([*(_main(experiment, m) for m in methods), *longer], key=lambda r: (methods.index(r.method), _updates(r)))
+    return [Case(r, s.name, f'{_updates(r)} updates') for r in found for s in r.stages if s.name in ('joint', 'project', 'finetune', r.reported.name)]
+
+def _updates(r: Recipe) -> int: return r.stage('joint').train.steps
+
 def entropy_cases(experiment: str) -> list[Case]:
     "Without the entropy of groups and with it (ScaleProtoSeg, Table 8)."
     off = [r for r in known_recipes(experiment) if r.variant == 'no_entropy']
     return [Case(r, r.last.name, f'entropy = {r.stage("group_joint").train.entropy:g}')
             for r in (*off, _main(experiment, 'scaleprotoseg'))]
+
+# %% ../nbs/15_report.ipynb #cell-length-1
+def plot_lengths(frame: pd.DataFrame,     # of `collect(…, with_main=True)`
+                 cases: Iterable[Case],   # of `length_cases`
+                 lines: Mapping[str, float] = {},  # noqa: B006; published mIoU in percent, by what to call it
+                ) -> Figure:
+    "mIoU in percent over the updates of the network, means over seeds with their standard deviation: of what the papers report, and per method of its stages."
+    import matplotlib.pyplot as plt
+    known = [(c, x) for c in cases if (x := summarise(frame, c.recipe, c.stage))['runs']]
+    panels = {'as reported': [(METHOD_NAMES.get(c.recipe.method, c.recipe.method), c, x) for c, x in known if c.stage == c.recipe.reported.name]}
+    for method in dict.fromkeys(c.recipe.method for c, _ in known if len(c.recipe.stages) > 1):
+        panels[f'{METHOD_NAMES.get(method, method)}, by stage'] = [(c.stage, c, x) for c, x in known if c.recipe.method == method]
+    fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, layout='constrained', figsize=(3.4 * len(panels), 3.2))
+    for ax, (title, points) in zip(axes[0], panels.items()):
+        names = list(dict.fromkeys(n for n, *_ in points))
+        for name, colour in zip(names, palette(len(names))):
+            line = [(_updates(c.recipe), x['miou'], x['std'] or 0.) for n, c, x in points if n == name]
+            ax.errorbar(*zip(*((n, y) for n, y, _ in line)), yerr=[e for *_, e in line], label=name, color=[v / 255 for v in colour], marker='o', markersize=4, capsize=3, linewidth=1.4)
+        ax.set(title=title, xscale='log', xlabel='updates of the network')
+    updates = sorted({_updates(c.recipe) for c, _ in known})
+    for ax in axes[0]:
+        ax.set_xticks(updates, map(str, updates))
+        ax.minorticks_off()
+        ax.legend(frameon=False, fontsize=8)
+    for name, y in lines.items():
+        axes[0, 0].axhline(y, color='0.5', linewidth=.8, linestyle=':')
+        axes[0, 0].annotate(name, (0, y), xycoords=('axes fraction', 'data'), xytext=(3, 2), textcoords='offset points', fontsize=7, color='0.35')
+    axes[0, 0].set_ylabel('mIoU (%)')
+    return fig
 
 # %% ../nbs/15_report.ipynb #cell-37
 def ablation_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
@@ -451,19 +490,24 @@ def distinct(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[~(known & frame.duplicated(['recipe', 'seed', 'finished']))]
 
 def provenance_text(frame: pd.DataFrame) -> str:
-    "Which runs a result rests on: seeds, data, device, commit, recipes, duration, date."
+    """Which runs a result rests on: seeds, data, device, commits, recipes, duration, date. Of many commits or recipes only how many; `provenance.json`
+    names them stage by stage."""
     if not len(frame): return 'No finished run.'
     frame = distinct(frame)
     def values(column): return sorted({str(v) for v in frame[column].dropna()})
     commits = [c[:10] + ('-dirty' if c.endswith('-dirty') else '') for c in values('commit')]
     dates, kept = values('finished'), int(frame.recorded.eq(True).sum())
     parts = [f'seed{"s" * (frame.seed.nunique() > 1)} {", ".join(values("seed"))}', *values('data'), *values('device')]
-    if commits: parts.append('commit ' + ', '.join(dict.fromkeys(commits)))
-    if values('recipe'): parts.append('recipes ' + ', '.join(values('recipe')))
+    parts += [_few('commit', list(dict.fromkeys(commits))), _few('recipe', values('recipe'))]
     if total := frame.seconds.dropna().sum(): parts.append(f'{duration(total)} of computing')
     if dates: parts.append(f'finished {dates[-1][:10]}')
     if kept: parts.append(f'{kept} of {len(frame)} as recorded')
-    return 'Runs: ' + '; '.join(parts) + '.'
+    return 'Runs: ' + '; '.join(filter(None, parts)) + '.'
+
+def _few(what: str, names: Sequence[str]) -> str:
+    "'commit a', 'commits a, b', '9 commits'; '' of none."
+    if len(names) > 3: return f'{len(names)} {what}s'
+    return f'{what}{"s" * (len(names) > 1)} {", ".join(names)}' if names else ''
 
 def duration(seconds: float) -> str:
     "Seconds in words."
