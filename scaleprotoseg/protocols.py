@@ -40,13 +40,11 @@ class Augment:
     scale: tuple[float, float] = (0.5, 1.5)   # range of the uniform scale factor
     flip:  float = 0.5                        # probability of a horizontal flip
     warp:  Warp | None = None                 # a small affine distortion of the crop, and blur
-    jitter: float = 0.                        # brightness, contrast and saturation are changed by factors in 1 ± jitter
 
     def __post_init__(self):
         if min(self.crop) < 1: raise ValueError(f'crop must be at least 1x1, got {self.crop}')
         if not 0 < self.scale[0] <= self.scale[1]: raise ValueError(f'scale needs 0 < low <= high, got {self.scale}')
         if not 0 <= self.flip <= 1: raise ValueError(f'flip is a probability, got {self.flip}')
-        if not 0 <= self.jitter <= 1: raise ValueError(f'jitter is a share of 1, got {self.jitter}')
 
     def draw(self, size: tuple[int, int],  # H, W of the image
              rng: np.random.Generator      # moved on by four draws, whatever they give

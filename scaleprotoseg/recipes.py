@@ -98,13 +98,12 @@ class Data:
     flip: float = 0.5
     in_memory: bool = False      # keep decoded samples (small datasets)
     warp: Warp | None = None     # further augmentation
-    jitter: float = 0.           # of colours, see `Augment`
     evaluation: Evaluation = Evaluation()   # how validation images are fed
 
     @property
     def augment(self) -> Augment:
         "How training images are changed."
-        return Augment(self.crop, self.scale, self.flip, self.warp, self.jitter)
+        return Augment(self.crop, self.scale, self.flip, self.warp)
 
 # %% ../nbs/10_recipes.ipynb #cell-07
 def chosen(x):

@@ -67,11 +67,6 @@ def _padded(x: Tensor,             # (..., h, w), at most as large as the crop
     out[..., :x.shape[-2], :x.shape[-1]] = x
     return out
 
-def _jittered(image: Tensor, jitter: float, rng: np.random.Generator) -> Tensor:
-    "Brightness, contrast and saturation times random factors, in this order."
-    for change in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation): image = change(image, rng.uniform(1 - jitter, 1 + jitter))
-    return image
-
 def warp(image: Tensor,           # (3, h, w) float32
          label: Tensor,           # (h, w) int64
          how: Warp, rng: np.random.Generator,
@@ -92,7 +87,7 @@ def augment(sample: Sample, how: Augment,
             rng: np.random.Generator,                           # the only source of randomness
             fill: tuple[float, float, float] = IMAGENET_MEAN    # the model's mean colour: 0 after normalisation
            ) -> tuple[Tensor, Tensor]:                          # (3, h, w) float32 in [0, 1]; (h, w) int64
-    """Scale, pad at the bottom and right, crop to `how.crop` = (h, w), flip (reference code, sample pipeline); jitter and warp if asked for.
+    """Scale, pad at the bottom and right, crop to `how.crop` = (h, w), flip (reference code, sample pipeline); warp if asked for.
 
     The image is bilinear, the label nearest, both at half-pixel centres, so they stay aligned. Padding is `fill` in the
     image and void in the label. The sample is not changed.
@@ -101,9 +96,7 @@ def augment(sample: Sample, how: Augment,
     d = how.draw((H, W), rng)
     rows, cols = (range(at, min(at + c, m)) for at, c, m in zip(d.corner, how.crop, d.size))
     y, x = (cell_centres(n, m, new.start, len(new)) for n, m, new in zip((H, W), d.size, (rows, cols)))
-    image = _sample_bilinear(sample.pixels, d.size, rows, cols)
-    if how.jitter: image = _jittered(image, how.jitter, rng)
-    image = _padded(image, how.crop, torch.tensor(fill).view(3, 1, 1))
+    image = _padded(_sample_bilinear(sample.pixels, d.size, rows, cols), how.crop, torch.tensor(fill).view(3, 1, 1))
     label = torch.from_numpy(sample.label.numpy().take((y[:, None] * W + x).numpy()))   # label[y[:, None], x] takes twice as long
     label = _padded(label, how.crop, torch.tensor([[Labels.ignore]]))
     if d.flip: image, label = image.flip(-1), label.flip(-1)
