@@ -276,6 +276,7 @@ def verify(experiment: str, runs: Out = Path('runs'), recorded: Records = Path('
     "Set finished stages beside the numbers that came with the package; ends with 1 if some are not the same, nor close."
     from scaleprotoseg import records
     from scaleprotoseg.report import save_again
+    if output and output.suffix in ('.csv', '.md', '.tex', '.json'): raise ValueError(f'--output {output}: several files begin with it, so leave out {output.suffix}')
     table = records.verify(runs, experiment, recorded)
     if not len(table): raise FileNotFoundError(f'no finished stage of {experiment} in {runs} is recorded in {recorded}')
     print(table.drop(columns='unlike').to_string(index=False, float_format=lambda x: f'{x:.2f}', na_rep='–'))
@@ -287,6 +288,7 @@ def verify(experiment: str, runs: Out = Path('runs'), recorded: Records = Path('
 def record(experiment: str, runs: Out = Path('runs'), recorded: Records = Path('data/recorded')):
     "Add finished stages to the numbers that come with the package; what is recorded stays."
     from scaleprotoseg import records
+    if not (runs / experiment).is_dir(): raise FileNotFoundError(f'no runs of {experiment} in {runs}')
     new = records.record(runs, experiment, recorded)
     print('\n'.join(new) or f'nothing of {experiment} in {runs} is new')
 

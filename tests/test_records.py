@@ -297,6 +297,10 @@ def test_the_command_says_it_and_ends_accordingly(records, tmp_path):
     assert differs.returncode == 1 and 'differs' in differs.stdout and '-28.00' in differs.stdout
     finish(mine, 'demo', 'linear', 'joint')
     assert call('record', 'demo', *where).stdout == 'linear/seed0/joint\n'
+    absent = call('record', 'demo', '--runs', 'nowhere', '--recorded', str(records))
+    assert absent.returncode == 2 and 'no runs of demo in nowhere' in absent.stderr
+    ending = call('verify', 'demo', *where, '--output', str(tmp_path / 'again.csv'))
+    assert ending.returncode == 2 and 'leave out .csv' in ending.stderr and not list(tmp_path.glob('again*'))
 
 
 # what comes with the package
