@@ -32,7 +32,7 @@ Out = Annotated[Path, typer.Option(help='Folder of all runs.')]
 DataRoot = Annotated[Path | None, typer.Option(help='Folder of the datasets; PartScapes needs none.')]
 Device = Annotated[str, typer.Option(help='auto, cpu, cuda or mps.')]
 Devices = Annotated[int, typer.Option(help='Processes, one per device; 0: as torchrun or Slurm started this one, else one.')]
-Precision = Annotated[str, typer.Option(help='32-true, bf16-mixed, or 64-true (slow; to tell rounding from a difference).')]
+Precision = Annotated[str, typer.Option(help='32-true, bf16-mixed (the network in bfloat16 while it is trained), or 64-true (slow; to tell rounding from a difference).')]
 
 # %% ../nbs/16_cli.ipynb #cell-06
 def main():

@@ -186,4 +186,4 @@ class PixelHead(nn.Module):
         self.conv = nn.Conv2d(scales * channels, classes, 1)
 
     def forward(self, features: Tensor) -> Tensor:  # (B, S, D, h, w) -> (B, C, h, w)
-        return self.conv(features.flatten(1, 2))
+        with torch.autocast(features.device.type, enabled=False): return self.conv(features.flatten(1, 2))

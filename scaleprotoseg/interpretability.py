@@ -206,17 +206,17 @@ class PartScores:
         return (self.shares() > self.test.consistent).any(-1)                       # NaN > x is false
 
     def scores(self, used: Tensor | None = None,            # (S, C, K) bool: prototypes that count; None: all
-               classes: Iterable[int] | None = None) -> dict:  # that count; None: all
+               classes: Iterable[int] | None = None) -> dict:  # whose prototypes count for consistency; None: all
         """Shares in 0..1, JSON-plain: `consistency` and `stability`, means over the quantiles, and `quantiles`, a row each.
 
         `prototypes` and `comparisons` are how many they rest on; a share of nothing is None. `images` had parts."""
         used = torch.ones(self.hits.shape[1:4], dtype=torch.bool) if used is None else used.cpu()
         chosen = torch.zeros(len(self.shown), dtype=torch.bool)
         chosen[list(range(len(chosen)) if classes is None else classes)] = True
-        scored, compared = used & (self.shown.any(-1) & chosen)[:, None], used * (self.compared * chosen)[:, None]
+        scored, compared = used & (self.shown.any(-1) & chosen)[:, None], used * self.compared[:, None]
         share = lambda x, n: [v / n if n else None for v in x.flatten(1).sum(1).tolist()]
         consistency = share(self.consistent() & scored, int(scored.sum()))
-        stability = share(self.equal * (used & chosen[:, None]), int(compared.sum()))
+        stability = share(self.equal * used, int(compared.sum()))
         mean = lambda xs: None if None in xs else statistics.fmean(xs)
         rows = [{'quantile': q, 'consistency': a, 'stability': b} for q, a, b in zip(self.test.quantiles, consistency, stability)]
         return {'consistency': mean(consistency), 'stability': mean(stability), 'quantiles': rows,

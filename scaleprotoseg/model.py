@@ -40,7 +40,7 @@ class Output:
 # %% ../nbs/06_model.ipynb #cell-06
 CACHED, HELD = 1 << 19, 1 << 26   # similarities to hold at once where no gradient needs them: on a CPU (2 MB, near its cores), elsewhere
 
-ACTIVATIONS = {'sigmoid': torch.sigmoid, 'unit': lambda x: F.normalize(full_precision(x), dim=2), 'none': lambda x: x}
+ACTIVATIONS = {'sigmoid': torch.sigmoid, 'unit': lambda x: F.normalize(x, dim=2), 'none': lambda x: x}
 OUTPUTS = tuple(f.name for f in fields(Output))
 
 # %% ../nbs/06_model.ipynb #cell-08
@@ -54,7 +54,11 @@ class Model(nn.Module):
         super().__init__()
         self.backbone, self.prototypes, self.head = backbone, prototypes, head
         self.activation = activation
-        self.activate = lookup(ACTIVATIONS, activation, 'activation')
+        lookup(ACTIVATIONS, activation, 'activation')
+
+    def activate(self, maps: Tensor) -> Tensor:
+        "Features of maps (B, S, D, h, w); what comes in half precision is in float32 from here on."
+        return ACTIVATIONS[self.activation](full_precision(maps))
 
     def features(self, image: Tensor) -> Tensor:
         "Activated features (B, S, D, h, w) of images (B, 3, H, W) in [0, 1]."

@@ -490,8 +490,8 @@ def protoseg_ablations(r: Recipe) -> list[Recipe]:
             longer(r, 2), changed(r, 'no_diversity', diversity=0.)]
 
 def claim_ablations(proto: Recipe, scale: Recipe) -> list[Recipe]:
-    """What the papers claim of their parts: the diversity loss (off; as published, its labels shifted), the number of prototypes, and
-    whether it is the scales (one scale with as many prototypes as four)."""
+    """What the papers claim of their parts: the diversity loss (off; in joint training as published, its labels shifted), the number of prototypes,
+    and whether it is the scales (one scale with as many prototypes as four)."""
     scales, per_class = (scale.model[k] for k in ('scales', 'per_class'))
     return [changed(proto, 'no_diversity', diversity=0.), changed(proto, 'shifted_labels', legacy_labels=in_stage('joint', True)),
             changed(scale, 'no_diversity', diversity=0.), *(changed(scale, f'k{k}', {'per_class': k}) for k in (1, 5)),

@@ -289,6 +289,12 @@ class Job:
         pixels = self.first(check_split, self, 'train')['class_pixels']
         return class_weights(torch.tensor(list(pixels.values())), balance).to(self.fabric.device, torch.float64 if self.precision == '64-true' else torch.float32)
 
+    def mixed(self):
+        """The context of a forward pass: with `bf16-mixed` the network computes in bfloat16 where it is trained. Where the head alone is, it does not,
+        because evaluation does not, and rounding changes much near a prototype."""
+        if self.precision != 'bf16-mixed' or not _moves_backbone(self.stage): return nullcontext()
+        return torch.autocast(self.fabric.device.type, torch.bfloat16)
+
     def check_stop(self, where: str):
         "Raise `Interrupted` if there is a reason to stop. One of several processes never leaves the others in the middle of a pass."
         if self.world == 1 and (why := self.stop()): raise Interrupted(f'{self.folder}: {why} {where}; the same command continues')
@@ -473,7 +479,7 @@ def _update(job, model, wrapped, parts, step):
     for i, (x, labels) in enumerate(parts, 1):
         with fabric.no_backward_sync(wrapped, enabled=i < len(parts)):
             torch.manual_seed(_drawn(job, 'dropout', step, i, job.rank))       # a continued training drops what an uninterrupted one does
-            outputs = forward(x)
+            with job.mixed(): outputs = forward(x)
             if whole is None: whole = fabric.all_reduce(update_counts(outputs, torch.cat([y for _, y in parts]), model, train), reduce_op='sum')
             found = _follow(job, model, outputs, labels, (step, i)) if train.momentum else None
             losses = mean_losses(outputs, labels, model, train, whole, 1 / (len(parts) * job.world), found and found[0], job.class_weights)
@@ -675,7 +681,9 @@ def stopping(max_minutes: float | None):
         for s, handler in previous.items(): signal.signal(s, handler)
 
 # %% ../nbs/12_training.ipynb #cell-31
-PRECISIONS = ('32-true', 'bf16-mixed', '64-true')   # float16 would need a loss scaler that a resumed run continues with
+# `bf16-mixed` is our own, see `Job.mixed`: Fabric's would reach other stages, and with one process none, since it wraps `forward` alone.
+# float16 would need a loss scaler that a resumed run continues with.
+PRECISIONS = {'32-true': '32-true', 'bf16-mixed': '32-true', '64-true': '64-true'}   # what Fabric is told
 
 def processes(devices: int = 0) -> tuple[int, int]:  # per machine, machines
     "How many processes train together: `devices` on this machine, or if 0 as torchrun or Slurm started this one, else one."
@@ -696,13 +704,14 @@ def make_fabric(device: str, precision: str, devices: int = 0):
     from lightning.fabric.strategies import DDPStrategy
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     if precision not in PRECISIONS: raise ValueError(f'cannot use device {device!r} with precision {precision!r}; known: {", ".join(PRECISIONS)}')
-    place, (each, machines) = pick_device(device), processes(devices)
+    place, (each, machines), told = pick_device(device), processes(devices), PRECISIONS[precision]
     try:
-        if each * machines == 1: return Fabric(accelerator=place.type, devices=1 if place.index is None else [place.index], precision=precision)
+        if precision == 'bf16-mixed': torch.autocast(place.type, torch.bfloat16)      # raises where there is none
+        if each * machines == 1: return Fabric(accelerator=place.type, devices=1 if place.index is None else [place.index], precision=told)
         if place.index is not None: raise ValueError(f'{each * machines} processes choose their devices themselves; say {place.type}')
         # one process may read a whole dataset while the others wait
         ddp = DDPStrategy(timeout=timedelta(hours=12))
-        fabric = Fabric(accelerator=place.type, devices=each, num_nodes=machines, strategy=ddp, precision=precision)
+        fabric = Fabric(accelerator=place.type, devices=each, num_nodes=machines, strategy=ddp, precision=told)
         fabric.launch()
     except (MisconfigurationException, RuntimeError, ValueError) as e:
         raise ValueError(f'cannot use device {device!r} with precision {precision!r}: {e}') from e
@@ -740,7 +749,7 @@ def run_stage(experiment: str, method: str, stage: str, variant: str = '', seed:
               data_root: str | Path | None = None,  # where datasets are; rendered ones need none
               device: str = 'auto',                 # auto, cpu, cuda, mps
               devices: int = 0,                     # processes, one per device; 0: as torchrun or Slurm says, else one
-              precision: str = '32-true',           # of Lightning Fabric, e.g. bf16-mixed
+              precision: str = '32-true',           # 32-true, bf16-mixed (see `Job.mixed`) or 64-true
               max_minutes: float | None = None,     # stop cleanly after so long
              ) -> Path:                             # the finished folder
     """Run one stage, or continue it, or return at once if it is finished.

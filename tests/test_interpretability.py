@@ -259,7 +259,7 @@ def test_used_prototypes_and_classes_select():
     maps = torch.arange(10.).repeat(2, 1).view(1, 1, 2, 1, 1, 10)           # rises: misses class 0's part, hits class 1's
     scores.update(maps, maps, label, parts)
     assert scores.scores()['consistency'] == 0.5 and scores.scores()['comparisons'] == 2
-    assert scores.scores(classes=[1])['consistency'] == 1 and scores.scores(classes=[1])['comparisons'] == 1
+    assert scores.scores(classes=[1])['consistency'] == 1 and scores.scores(classes=[1])['comparisons'] == 2      # stability is of all classes
     assert scores.scores(used=torch.tensor([[[True], [False]]]))['consistency'] == 0
     assert [p['cls'] for p in scores.prototypes(torch.tensor([[[True], [False]]]))] == [0]
 

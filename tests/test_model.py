@@ -206,6 +206,15 @@ def test_half_precision_features_are_scored_in_float32(half, head):
         assert getattr(out, name).dtype == torch.float32 and torch.equal(getattr(out, name), getattr(want, name))
 
 
+@pytest.mark.parametrize('config', [CONFIG | {'head': 'groups'}, CONFIG | {'head': 'pixel', 'activation': 'none'}, CONFIG | {'head': 'direct', 'activation': 'none', 'scales': 1, 'channels': CONFIG['classes']}],
+                         ids=lambda c: c['head'])
+def test_of_a_network_in_half_precision_come_features_and_logits_in_float32(config):
+    model, image = build(config), torch.rand(1, 3, 32, 32)
+    with torch.autocast('cpu', dtype=torch.bfloat16): maps, (out,) = model.backbone(image), model.outputs(image, ('features',))
+    assert maps.dtype == torch.bfloat16 and out.features.dtype == out.logits.dtype == torch.float32
+    torch.testing.assert_close(out.features, model.features(image), atol=.05, rtol=.05)
+
+
 @pytest.mark.parametrize('head', ['linear', 'groups'])
 def test_mixed_precision_does_not_reach_past_the_features(head):
     model = build(CONFIG | {'head': head})

@@ -18,7 +18,7 @@ from scaleprotoseg.pruning import NearestPatches
 from scaleprotoseg.projection import Projection
 from scaleprotoseg.prototypes import Prototypes
 from scaleprotoseg.recipes import find_recipe
-from scaleprotoseg.training import Share, _leave, check_division, processes, run_method
+from scaleprotoseg.training import Job, Share, _leave, check_division, processes, run_method
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 FOLDER = 'smoke/protoseg/seed0'
@@ -115,6 +115,40 @@ def test_two_processes_in_single_precision_differ_by_rounding(one, two):
     made = json.loads((two / 'joint/provenance.json').read_text())
     assert re.fullmatch('2 x cpu .+, threads: 1', made['device'])
     for stage in find_recipe('smoke', 'protoseg').stages: assert (two / stage.name / 'metrics.json').is_file()
+
+
+DTYPES = '''
+import os, sys
+import torch
+from scaleprotoseg.training import run_stage
+seen = set()
+def note(module, inputs, output):
+    if isinstance(module, torch.nn.Conv2d): seen.add((torch.is_grad_enabled(), output.dtype))
+torch.nn.modules.module.register_module_forward_hook(note)
+folder = run_stage('smoke', 'protoseg', 'warmup', out=sys.argv[1], device='cpu', devices=int(sys.argv[2]), precision='bf16-mixed')
+if os.environ.get('LOCAL_RANK', '0') == '0': print(sorted((grad, str(dtype)) for grad, dtype in seen))
+'''
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_mixed_precision_is_the_networks_while_it_is_trained(devices, pretrained, one, tmp_path):
+    out, script = shutil.copytree(pretrained, tmp_path / 'runs'), tmp_path / 'script.py'
+    script.write_text(DTYPES)
+    done = subprocess.run([sys.executable, script, out, str(devices)], capture_output=True, text=True, env=ENV, timeout=120)
+    assert done.stdout == "[(False, 'torch.float32'), (True, 'torch.bfloat16')]\n", done.stderr           # validated in float32
+    folder = out / FOLDER / 'warmup'
+    assert json.loads((folder / 'provenance.json').read_text())['precision'] == 'bf16-mixed'
+    assert {v.dtype for v in read_tensors(folder / 'head.safetensors').values()} <= {torch.float32, torch.bool}
+    for mixed, full in zip(log(folder), log(one / 'warmup')): assert mixed == pytest.approx(full, rel=.05) and mixed != full
+
+
+def test_a_head_that_is_trained_alone_sees_what_evaluation_shows_it():
+    stages = {s.name: s for s in find_recipe('em', 'scaleprotoseg').stages}           # its heads are trained on images, not on kept maps
+    def half(stage, precision):
+        job = SimpleNamespace(stage=stages[stage], precision=precision, fabric=SimpleNamespace(device=torch.device('cpu')))
+        with Job.mixed(job): return torch.is_autocast_enabled('cpu')
+    assert half('joint', 'bf16-mixed') and not half('joint', '32-true')
+    assert not any(half(stage, 'bf16-mixed') for stage in ('finetune', 'group_joint'))
 
 
 def test_projection_pruning_and_miou_are_identical(one, tmp_path):
