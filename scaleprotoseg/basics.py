@@ -15,7 +15,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 # %% auto #0
-__all__ = ['UnknownName', 'lookup', 'replace_file', 'write_json', 'from_root', 'Interrupted']
+__all__ = ['UnknownName', 'lookup', 'replace_file', 'read_json', 'write_json', 'from_root', 'Interrupted']
 
 # %% ../nbs/00_basics.ipynb #cell-05
 _T = TypeVar('_T')
@@ -45,6 +45,11 @@ def replace_file(path: Path,  # final name
         with open(temporary, 'rb') as f: os.fsync(f.fileno())
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
+
+def read_json(path: Path):
+    "What a JSON file holds. ValueError that names a damaged one."
+    try: return json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f'{path} is damaged: {e}') from e
 
 def write_json(path: Path, data):
     "Write JSON atomically, readable by people."

@@ -42,8 +42,16 @@ def main():
         from scaleprotoseg.training import speaks      # slow to import
         _end(e, 3) if speaks() else sys.exit()         # of several processes one says how it ended
     except KeyboardInterrupt: _end('asked twice; what was saved last is continued by the same command', 3)
-    except ModuleNotFoundError as e: _end(f'{e.name} is not installed; it comes with `pip install "scaleprotoseg[repro]"`', 2)
+    except ModuleNotFoundError as e: _end(f'{e.name} is not installed{_extra_of(e.name)}', 2)
     except (KeyError, ValueError, OSError, ImportError) as e: _end(e, 2)
+
+_EXTRAS = {'deploy': ('onnx', 'onnxruntime', 'onnxscript'), 'segformer': ('transformers',), 'sbd': ('scipy',),
+           'repro': ('pandas', 'seaborn', 'sklearn', 'papermill', 'snakemake', 'nbconvert', 'jupyterlab', 'ipywidgets', 'nbformat', 'IPython')}
+
+def _extra_of(module):
+    "Which extra of this package brings a module; nothing of somebody's own."
+    name = (module or '').split('.')[0]
+    return next((f'; it comes with `pip install "scaleprotoseg[{extra}]"`' for extra, brought in _EXTRAS.items() if name in brought), '')
 
 def _end(error, code):
     print(f'{"stopped" if code == 3 else "error"}: {error}', file=sys.stderr)
@@ -53,7 +61,7 @@ def _end(error, code):
 @app.callback()
 def common(own: Annotated[Path | None, typer.Option('--recipes', help='Python file that adds recipes of your own.')] = None):
     "Interpretable semantic segmentation with prototypes."
-    if own and not own.is_file(): raise FileNotFoundError(f'{own} does not exist (expected a Python file that calls add_recipes)')
+    if own and not own.is_file(): raise FileNotFoundError(f'{own} {"is a folder" if own.is_dir() else "does not exist"} (expected a Python file that calls add_recipes)')
     if own:
         from scaleprotoseg import training  # noqa: F401, makes the datasets known
         runpy.run_path(str(own))
@@ -111,7 +119,9 @@ def check(experiment: str, data_root: DataRoot = None):
     splits = {json.dumps(dict(o)): (r.data.dataset, dict(o)) for r in lookup(known, experiment, 'experiment') for o in r.data.splits.values()}
     for name, options in splits.values():
         facts = check_dataset(open_dataset(name, root=data_root, **options))
-        print(f'{name} {options}: {facts["images"]} images, contents {facts["contents"][:16]}')
+        total = sum(facts['class_pixels'].values()) + facts['void_pixels']
+        shares = ', '.join(f'{k} {n / total:.1%}' for k, n in [*facts['class_pixels'].items(), ('void', facts['void_pixels'])] if n or k != 'void')
+        print(f'{name} {options}: {facts["images"]} images, contents {facts["contents"][:16]}, pixels: {shares}')
 
 # %% ../nbs/16_cli.ipynb #cell-12
 @app.command()
@@ -121,6 +131,7 @@ def predict(run: Annotated[Path, typer.Argument(help='Folder of a finished stage
     from PIL import Image
     from scaleprotoseg.predict import load
     model = load(run, device=device)
+    print(f'model: {model.folder}', file=sys.stderr)
     label = model.predict(image)
     Image.fromarray(model.labels.colorize(label)).save(output)
     for c in sorted(set(label.ravel().tolist())): print(f'{model.labels.names[c]}: {(label == c).mean():.1%}')
@@ -134,9 +145,11 @@ def explain(run: Annotated[Path, typer.Argument(help='Folder of a finished stage
     "Say which groups, prototypes and training patches decided the class of a pixel."
     from scaleprotoseg.basics import write_json
     from scaleprotoseg.predict import load
-    why = load(run, device=device).explain(image, at=at)
+    model = load(run, device=device)
+    if not output.suffix: output = output.with_suffix('.png')
+    why = model.explain(image, at=at)
     why.plot().savefig(output, bbox_inches='tight', dpi=150)
-    write_json(output.with_suffix('.json'), why.to_dict())
+    write_json(output.with_suffix('.json'), {'model': str(model.folder), 'image': str(image), **why.to_dict()})
     print(f'{output} and {output.with_suffix(".json")} written')
 
 # %% ../nbs/16_cli.ipynb #cell-15
@@ -149,21 +162,26 @@ def _trained(run, split, dataset, data_root, device, window, best):
     "Predictor, protocol, dataset and what to call them, for a command."
     from dataclasses import replace
 
-    from scaleprotoseg.data import open_dataset
+    from scaleprotoseg.data import files_state, fingerprint, open_dataset
     from scaleprotoseg.model import read_config
     from scaleprotoseg.predict import load
     from scaleprotoseg import training  # noqa: F401, makes the datasets known
     predictor = load(run, device=device, best=best)
     recipe = recipes.RECIPES.get(read_config(predictor.folder).get('recipe', ''))
-    if not dataset and recipe is None: raise ValueError(f'{predictor.folder} was not made by a known recipe; name a --dataset')
+    if not dataset and recipe is None: raise ValueError(f'{predictor.folder} was not made by a known recipe; say --recipes FILE before the command, or name a --dataset')
     options = {**recipe.data.splits['val'], 'split': split} if not dataset else {'split': split}
     data = open_dataset(dataset or recipe.data.dataset, root=data_root, **options)
     if data.labels.names != predictor.labels.names:
         raise ValueError(f'{predictor.folder} knows the classes {", ".join(predictor.labels.names[:5])}, …, the dataset has '
                          f'{", ".join(data.labels.names[:5])}, … ({len(predictor.labels)} and {len(data.labels)})')
     how = replace(predictor.how, window=window) if any(window) else predictor.how
-    digest = hashlib.sha256((predictor.folder / f'{"best_" if best else ""}head.safetensors').read_bytes()).hexdigest()[:12]
-    return predictor, how, data, f'{dataset or recipe.data.dataset} {split}, weights {digest}, {how}'
+    weights = [predictor.folder / f'{"best_" if best else ""}{part}.safetensors' for part in ('backbone', 'head')]
+    weights = [w if w.is_file() else w.with_name(w.name.removeprefix('best_')) for w in weights]      # a frozen backbone has no best
+    digest = _digest(b''.join(w.read_bytes() for w in weights))
+    images = _digest(f'{fingerprint(data)} {files_state(data)}'.encode())
+    return predictor, how, data, f'{dataset or recipe.data.dataset} {split}, images {images}, weights {digest}, {how}'
+
+def _digest(x): return hashlib.sha256(x).hexdigest()[:12]
 
 # %% ../nbs/16_cli.ipynb #cell-16
 @app.command()
@@ -174,6 +192,7 @@ def evaluate(run: Annotated[Path, typer.Argument(help='Folder of a finished stag
     from scaleprotoseg.evaluation import evaluate as count
     from scaleprotoseg.basics import write_json
     from scaleprotoseg.training import results
+    if output and not output.parent.is_dir(): raise FileNotFoundError(f'{output.parent} does not exist; expected the folder for {output.name}')
     predictor, how, data, _ = _trained(run, split, dataset, data_root, device, window, best)
     found = results(predictor.model, count(predictor.model, data, predictor.device, how, f'{split} split'), data.labels)
     for name, iou in found['iou'].items(): print(f'{name}: {"does not occur" if iou is None else f"{iou:.4f}"}')
@@ -235,8 +254,12 @@ def data_(download: Annotated[str, typer.Option(help='Fetch this dataset, if its
 def notebook(source: Path, target: Path,
              parameter: Annotated[list[str], typer.Option('-p', help='name=value, value as JSON or plain text.')] = []):  # noqa: B006
     "Run a parameterised notebook; unknown parameters and wrong types are errors."
-    from scaleprotoseg.notebooks import run_notebook
-    try: run_notebook(source, target, dict(_parameter(p) for p in parameter))
+    from scaleprotoseg.notebooks import notebook_parameters, run_notebook
+    from scaleprotoseg.report import check_there
+    given = dict(_parameter(p) for p in parameter)
+    told = {k: v['default'].strip('\'"') for k, v in notebook_parameters(source).items()} | given
+    if {'experiment', 'runs', 'out'} <= told.keys(): check_there(told['experiment'], told['runs'], told.get('recorded', ''))
+    try: run_notebook(source, target, given)
     except TypeError as e: raise ValueError(str(e)) from e      # a parameter of a wrong type
 
 def _parameter(text):

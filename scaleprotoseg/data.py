@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -29,7 +30,7 @@ from .basics import lookup
 # %% auto #0
 __all__ = ['DATASETS', 'palette', 'Labels', 'in_unit', 'Sample', 'Dataset', 'read_ahead', 'register_dataset', 'open_dataset',
            'rng', 'image_to_tensor', 'read_pixels', 'read_image', 'read_label', 'read_pair', 'Folder', 'em_validation',
-           'EM', 'fingerprint', 'check_dataset']
+           'EM', 'fingerprint', 'files_state', 'check_dataset']
 
 # %% ../nbs/00_data.ipynb #cell-05
 _OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
@@ -60,6 +61,8 @@ class Labels:
             raise ValueError(f'class names must be present and differ, got {list(self.names)}')
         if len(self.colors) != len(self.names):
             raise ValueError(f'{len(self.names)} class names but {len(self.colors)} colours')
+        if wrong := [c for c in self.colors if len(c) != 3 or not all(isinstance(v, Integral) and 0 <= v <= 255 for v in c)]:
+            raise ValueError(f'a colour is three whole numbers in 0..255, got {wrong[0]}')
         if self.parts and len(self.parts) != len(self.names):
             raise ValueError(f'{len(self.names)} class names but part names for {len(self.parts)} classes')
 
@@ -112,7 +115,7 @@ class Sample:
     depth: Tensor | None = None  # (H, W) float32, distance from the camera
 
 class Dataset(Protocol):
-    "What every dataset offers; `ids[i]` is the id of `ds[i]`."
+    "What every dataset offers; `ids[i]` is the id of `ds[i]`. One of files may list them too, see `files_state`."
     labels: Labels
     ids: list[str]
     def __len__(self) -> int: ...
@@ -175,10 +178,11 @@ def _opened(path: str | Path, expected: str) -> Iterator[Image.Image]:
         raise ValueError(f'cannot read {path}: {e} (expected {expected}). The file is damaged or not an image; '
                          'copy or download it again.') from e
 
-def _decode(path: str | Path, expected: str, frame: int = 0) -> Image.Image:
-    "Page `frame` of an image file, decoded."
+def _decode(path: str | Path, expected: str, frame: int | None = None) -> Image.Image:
+    "Page `frame` of an image file, decoded; None: the only one."
     with _opened(path, expected) as im:
-        im.seek(frame)
+        if frame is None and im.format == 'TIFF' and im.n_frames > 1: raise ValueError(f'{im.n_frames} pages, of which none was named')
+        im.seek(frame or 0)
         im.load()
         return im.copy()
 
@@ -209,14 +213,14 @@ def image_to_tensor(im: Image.Image  # any mode
     return in_unit(_pixels(im))
 
 def read_pixels(path: str | Path,
-                frame: int = 0  # page of a multi-page TIFF
+                frame: int | None = None  # page of a multi-page TIFF; None: there is one
                ) -> Tensor:     # (3, H, W) RGB: uint8, or float32 in [0, 1] if the file has more than 8 bits
     "Read a picture as a `Sample` takes it. FileNotFoundError if missing, ValueError if damaged; both name the file."
     im = _decode(path, 'an image', frame)
     try: return _pixels(im)
     except ValueError as e: raise ValueError(f'{path}: {e}') from e
 
-def read_image(path: str | Path, frame: int = 0) -> Tensor:  # (3, H, W) float32 RGB in [0, 1]
+def read_image(path: str | Path, frame: int | None = None) -> Tensor:  # (3, H, W) float32 RGB in [0, 1]
     "`read_pixels`, as floats."
     return in_unit(read_pixels(path, frame))
 
@@ -232,7 +236,7 @@ def _span(values: Iterable[int], most: int = 12) -> str:
 
 _NO_CLASS = -2
 
-def _raw_labels(path: str | Path, frame: int = 0) -> np.ndarray:
+def _raw_labels(path: str | Path, frame: int | None = None) -> np.ndarray:
     "File values of a single-channel label file, (H, W) in 0..65535, of the type they have there."
     im = _decode(path, 'a label map: one channel, palette indices or greyscale', frame)
     raw = np.asarray(im)
@@ -245,7 +249,7 @@ def _raw_labels(path: str | Path, frame: int = 0) -> np.ndarray:
 
 def read_label(path: str | Path,
                mapping: Mapping[int, int],  # file value 0..65535 -> class 0..C-1, or -1 for void
-               frame: int = 0               # page of a multi-page TIFF
+               frame: int | None = None     # page of a multi-page TIFF; None: there is one
               ) -> Tensor:                  # (H, W) int64
     """Read a label map and map its file values to classes.
 
@@ -260,7 +264,7 @@ def read_label(path: str | Path,
                          f'expected {_span(mapping)}.')
     return torch.from_numpy(label)
 
-def read_pair(image: str | Path, label: str | Path, mapping: Mapping[int, int], frame: int = 0
+def read_pair(image: str | Path, label: str | Path, mapping: Mapping[int, int], frame: int | None = None
              ) -> tuple[Tensor, Tensor]:  # (3, H, W) uint8 or float32, (H, W) int64
     "`read_pixels` and `read_label` of one sample; ValueError naming both files if their sizes differ."
     x, y = read_pixels(image, frame), read_label(label, mapping, frame)
@@ -284,6 +288,7 @@ def _read_labels_json(path: Path) -> tuple[Labels, dict[int, int]]:
     if not path.is_file(): raise FileNotFoundError(f'{path} does not exist. Expected in {path.parent}:{_FOLDER_TREE}')
     try:
         d = json.loads(path.read_text(encoding='utf-8-sig'))
+        for key in d: lookup(dict.fromkeys(('names', 'void', 'values', 'colors', 'parts')), key, 'key')
         labels, void = Labels.from_dict(d), list(d.get('void', []))
         values = list(d.get('values', range(len(labels))))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -332,11 +337,15 @@ class Folder:
         where = lookup(splits, split, 'split')
         if where.is_dir():
             found = _pictures(where)
+            if alone := sorted(p for p in (labels/split).glob('*.png') if p.stem not in found):
+                raise FileNotFoundError(f'{alone[0]} has no image in {where} ({len(alone)} such file(s)). Move it away, or add the image.')
             return list(found), [(p, labels/split/f'{i}.png') for i, p in found.items()]
         ids = [line.strip() for line in where.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
         if twice := _repeated(ids): raise ValueError(f'{where} lists {twice!r} twice.')
         there = {d: _pictures(d) for d in {(images/i).parent for i in ids}}
         return ids, [(there[(images/i).parent].get(Path(i).name, images/f'{i}.jpg'), labels/f'{i}.png') for i in ids]
+
+    def files(self) -> list[Path]: return [self.root/'labels.json', *(f for pair in self._files for f in pair)]
 
     def __len__(self): return len(self.ids)
 
@@ -385,6 +394,8 @@ class EM:
         _check_em_files(files)
         self.ids, self._files = [f'{i:02}' for i in slices], [files[i] for i in slices]
 
+    def files(self) -> list[Path]: return sorted({f for *pair, _ in self._files for f in pair})
+
     def __len__(self): return len(self.ids)
 
     def __getitem__(self, i: int) -> Sample:
@@ -395,6 +406,13 @@ class EM:
 def fingerprint(ds: Dataset) -> str:
     "SHA-256 of the class names and the ids, in order; reads no file."
     return hashlib.sha256(json.dumps([list(ds.labels.names), list(ds.ids)]).encode()).hexdigest()
+
+def files_state(ds: Dataset) -> str:
+    """SHA-256 of the names, sizes and times of a dataset's files, if it lists them (`files()`): another one after a file was changed. Reads none.
+
+    FileNotFoundError if one is gone."""
+    found = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in getattr(ds, 'files', list)()]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 def _check_sample(s: Sample, n_classes: int) -> np.ndarray:
     "Pixel counts (C + 1,) of the classes, void last; ValueError if the sample is not what `Sample` says."

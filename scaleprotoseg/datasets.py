@@ -72,6 +72,8 @@ class _Reader:
         x = read_pixels(image)
         return x, torch.full(x.shape[1:], Labels.ignore)
 
+    def files(self) -> list[Path]: return [p for id in self.ids for p in self._files(id) if p]
+
     def __len__(self): return len(self.ids)
 
     def __getitem__(self, i: int) -> Sample:

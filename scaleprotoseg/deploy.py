@@ -52,6 +52,7 @@ def export_model(predictor: Predictor,
     path, model = Path(path), Deployed(copy.deepcopy(predictor.model).cpu().eval().requires_grad_(False))
     if path.suffix not in WRITERS: raise ValueError(f'{path}: expected a name that ends in {" or ".join(WRITERS)}')
     if path.suffix == '.pt2' and not size: raise ValueError(f'{path}: a torch.export program is made for one size of images; give their height and width')
+    if size and min(size) < 1: raise ValueError(f'images of {size[0]} x {size[1]} pixels: expected a height and width of at least 1')
     H, W = size or (96, 128)
     names = ['logits', *(['evidence'] if model.kind else [])]
     any_size = {'image': None if size else {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}}
@@ -63,7 +64,10 @@ def export_model(predictor: Predictor,
         for shape in [(H, W)] if size else [(H, W), (H + 13, W + 40)]:
             image = torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(0))
             with torch.no_grad(): wanted = model(image)
-            for name, got, want in zip(names, run(file, image), wanted):
+            try: given = run(file, image)
+            except Exception as e:       # of another library, which has no common kind
+                raise ValueError(f'{path} does not run on images of {shape[0]} x {shape[1]} pixels ({e}){"" if size else "; give the height and width of all images to come"}') from e
+            for name, got, want in zip(names, given, wanted):
                 found[name] = max(found.get(name, 0.), float((got - want).abs().max() / want.abs().max().clamp_min(1e-9)))
         if (worst := max(found.values())) > TOLERANCE: raise ValueError(f'{path} would give other numbers than the model: {worst:.2g} of the largest')
     found: dict[str, float] = {}

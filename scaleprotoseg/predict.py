@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .basics import read_json
 from .data import Labels, image_to_tensor, read_image
 from .evaluation import segment
 from .explain import (Atlas, as_picture, evidence_kind, evidence_maps, evidence_names,
@@ -44,9 +46,11 @@ def resolve_run(path: str | Path) -> Path:
     raise FileNotFoundError(f'no run at {path}{where}; train one, e.g. with `scaleprotoseg run demo scaleprotoseg`')
 
 def _stages(folder: Path) -> list[Path]:
-    "Folders of stages in the folder of a method and seed, oldest result first."
-    stages = [p for p in folder.iterdir() if (p / 'config.json').is_file() or (p / 'log.csv').is_file()]
-    return sorted(stages, key=lambda p: (p / 'metrics.json').stat().st_mtime if is_finished(p) else 0)
+    "Folders of stages in the folder of a method and seed, oldest result first: as they say themselves, since a copy has other times."
+    def finished(p):
+        says = p / 'provenance.json'
+        return (read_json(says).get('finished', '') if says.is_file() else '', (p / 'metrics.json').stat().st_mtime) if is_finished(p) else ('', 0.)
+    return sorted((p for p in folder.iterdir() if (p / 'config.json').is_file() or (p / 'log.csv').is_file()), key=finished)
 
 def last_stage(folder: str | Path) -> Path:
     """The finished stage that stands for a run: `folder`, or the last on its recipe's main line, else the newest.
@@ -229,7 +233,8 @@ class Predictor:
 
     def _class(self, cls):
         names = self.labels.names
-        if cls is None or type(cls) is int and 0 <= cls < len(names): return cls
+        if cls is None: return None
+        if isinstance(cls, Integral) and not isinstance(cls, bool) and 0 <= cls < len(names): return int(cls)
         if cls in names: return names.index(cls)
         raise ValueError(f'unknown class {cls!r}; known: {", ".join(names)}')
 

@@ -111,6 +111,8 @@ def chosen(x):
     return {f.name: chosen(getattr(x, f.name)) for f in fields(x) if getattr(x, f.name) != f.default} if is_dataclass(x) else x
 
 # %% ../nbs/10_recipes.ipynb #cell-08
+_OF_MODEL = dict.fromkeys(('backbone', 'activation', 'scales', 'channels', 'per_class', 'groups', 'similarity'))
+
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides the numbers of one method in one experiment."
@@ -124,6 +126,7 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self):
+        for key in self.model: lookup(_OF_MODEL, key, f'part of the model of {self.name}')
         if self.model['backbone'].get('inputs') and any(s.train and s.train.views for s in self.stages):
             raise ValueError(f'{self.name}: views keep one similarity map per image, but input scales have one loss each')
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .basics import replace_file
+from .basics import read_json, replace_file
 from .contents import is_ablation, known_recipes, main_experiment
 from .recipes import Recipe
 from .runs import is_finished, read_metrics, run_folder
@@ -69,7 +69,7 @@ def metrics_digest(folder: Path) -> str:
     path = folder / 'metrics.json'
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.is_file() else ''
 
-def _read_json(path: Path) -> Any: return json.loads(path.read_text()) if path.is_file() else {}
+def _read_json(path: Path) -> Any: return read_json(path) if path.is_file() else {}
 
 # %% ../nbs/15_records.ipynb #cell-06
 def finished_stage(runs: str | Path, recipe: Recipe, seed: int,
@@ -195,23 +195,24 @@ def _same(a: Finished, b: Finished) -> bool:
 # %% ../nbs/15_records.ipynb #cell-16
 NEAR = 2.   # points of mIoU; another machine moved the stages of the demo by up to 1.4 (figures/again/demo.md)
 
-VERDICTS = {'same': 'the same scores to the last digit', 'close': f'close (within {NEAR:g} points or two deviations over seeds)', 'differs': 'not the same',
+VERDICTS = {'same': 'the same scores to the last digit', 'close': f'close (within {NEAR:g} points)', 'like another seed': 'as far as another seed (within two deviations over seeds)',
+            'differs': 'not the same',
             'other images': 'of other images', 'itself': 'the recorded runs themselves'}
 
 def verify(runs: str | Path, experiment: str, recorded: str | Path = RECORDED,
           ) -> pd.DataFrame:   # method, variant, stage, seed, miou, recorded_miou, difference, verdict, unlike
     """Every finished stage that is recorded too, beside its record; mIoU in percent.
 
-    `verdict`, see `VERDICTS`: `same` is scores and prototypes; `close` is mIoU, within `NEAR` points or two deviations over recorded seeds; other images
-    are not compared. `unlike`: what else is not as it was when recorded (device, precision, libraries). ValueError for a damaged record."""
+    `verdict`, see `VERDICTS`: `same` is scores and prototypes; `close` is mIoU, within `NEAR` points, `like another seed` within two deviations over the
+    recorded seeds; other images are not compared. `unlike`: what else is not as it was when recorded (device, precision, libraries). ValueError for a damaged record."""
     import pandas as pd
     kept, rows = read_record(experiment, recorded), []
     for f in finished(runs, experiment):
         if not (then := kept.get(f.key)): continue
         scores = [x.row['miou'] for x in kept.values() if (x.recipe.name, x.stage) == (f.recipe.name, f.stage)]
-        apart, margin = f.row['miou'] - then.row['miou'], max(NEAR, 2 * statistics.stdev(scores) if len(scores) > 1 else 0.)
+        apart, seeds = f.row['miou'] - then.row['miou'], statistics.stdev(scores) if len(scores) > 1 else 0.
         verdict = ('itself' if f.facts.get('finished', 'now') == then.facts.get('finished') else 'other images' if not _same_images(f, then)
-                   else 'same' if _same(f, then) else 'close' if abs(apart) <= margin else 'differs')
+                   else 'same' if _same(f, then) else 'close' if abs(apart) <= NEAR else 'like another seed' if abs(apart) <= 2 * seeds else 'differs')
         rows.append({**{k: f.row[k] for k in ('method', 'variant', 'stage', 'seed', 'miou')}, 'recorded_miou': then.row['miou'],
                      'difference': float('nan') if verdict == 'other images' else apart, 'verdict': verdict, 'unlike': _unlike(f.facts, then.facts)})
     return pd.DataFrame(rows, columns=['method', 'variant', 'stage', 'seed', 'miou', 'recorded_miou', 'difference', 'verdict', 'unlike'])

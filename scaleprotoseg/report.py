@@ -43,7 +43,7 @@ __all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BE
            'ablation_table', 'Claim', 'claims', 'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure',
            'distinct', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'methods_again', 'claims_again',
            'save_again', 'Run', 'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title',
-           'write_contents', 'build_report', 'save_results', 'pack_results']
+           'write_contents', 'build_report', 'check_there', 'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-11
 def published(name: str,                              # e.g. scaleprotoseg_table_01
@@ -268,9 +268,10 @@ def entropy_cases(experiment: str) -> list[Case]:
 # %% ../nbs/15_report.ipynb #cell-length-1
 def plot_lengths(frame: pd.DataFrame,     # of `collect(…, with_main=True)`
                  cases: Iterable[Case],   # of `length_cases`
-                 lines: Mapping[str, float] = {},  # noqa: B006; published mIoU in percent, by what to call it
+                 lines: Mapping[str, float] = {},  # noqa: B006
                 ) -> Figure:
-    "mIoU in percent over the updates of the network, means over seeds with their standard deviation: of what the papers report, and per method of its stages."
+    """mIoU in percent over the updates of the network, means over seeds with their standard deviation: of what the papers report, and per method of its
+    stages. `lines` are published scores in percent by what to call them."""
     import matplotlib.pyplot as plt
     known = [(c, x) for c in cases if (x := summarise(frame, c.recipe, c.stage))['runs']]
     panels = {'as reported': [(METHOD_NAMES.get(c.recipe.method, c.recipe.method), c, x) for c, x in known if c.stage == c.recipe.reported.name]}
@@ -858,6 +859,12 @@ def build_report(experiment: str, figures: str | Path = 'figures', runs: str | P
     return out / 'report.html'
 
 # %% ../nbs/15_report.ipynb #cell-travel-1
+def check_there(experiment: str, runs: str | Path, recorded: str | Path = ''):
+    "FileNotFoundError if there is no finished run to make results of, before results that are there become empty tables."
+    if finished(runs, experiment, with_main=True, recorded=recorded): return
+    also = f', nor in {recorded}' if recorded else f'; train it, or let recorded runs stand in ({RECORDED}), where scores are all that is asked for'
+    raise FileNotFoundError(f'no finished run of {experiment} in {runs}{also}')
+
 def save_results(experiment: str, runs: str | Path = 'runs', figures: str | Path = 'figures', data_root: str | Path | None = None,
                  recorded: str | Path = '',   # as for `finished`: for the notebooks that read scores alone
                 ) -> Path:
@@ -866,6 +873,7 @@ def save_results(experiment: str, runs: str | Path = 'runs', figures: str | Path
     One that fails (what it shows was not run, say) stops no other; `NotebookFailed` names all of them in the end."""
     import matplotlib.pyplot as plt
     from tqdm import tqdm
+    check_there(experiment, runs, recorded)
     known, failed = {'experiment': experiment, 'runs': str(runs), 'out': str(figures)}, []
     asked = {k: str(v) for k, v in {'data_root': data_root, 'recorded': recorded}.items() if v}
     for paper, name in tqdm(paper_notebooks(experiment), desc=f'{experiment} tables and figures'):

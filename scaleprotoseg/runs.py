@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .basics import Interrupted, replace_file
+from .basics import Interrupted, read_json, replace_file
 from .recipes import Recipe
 
 # %% ../nbs/11_runs.ipynb #cell-05
@@ -45,7 +45,7 @@ def read_metrics(folder: Path) -> dict:
     "The results of a finished stage. Raises FileNotFoundError that says which command makes them."
     if not is_finished(folder):
         raise FileNotFoundError(f'{folder} holds no finished stage (no metrics.json); run it with `scaleprotoseg run`')
-    return json.loads((folder / 'metrics.json').read_text())
+    return read_json(folder / 'metrics.json')
 
 # %% ../nbs/11_runs.ipynb #cell-08
 @contextmanager

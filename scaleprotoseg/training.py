@@ -8,8 +8,8 @@ __all__ = ['OPTIMIZERS', 'SAVE_SECONDS', 'COLLAPSED', 'READ_EVERY', 'KINDS', 'PR
            'followed_sums', 'parameter_groups', 'make_optimizer', 'set_learning_rate', 'Job', 'model_config',
            'initial_backbone', 'start_model', 'FrozenViews', 'frozen_since', 'train_stage', 'project_stage',
            'prune_stage', 'threshold_stage', 'veto_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data',
-           'check_split', 'check_parent', 'check_recipe', 'stopping', 'processes', 'make_fabric', 'speaks',
-           'check_division', 'run_stage', 'find_equal', 'adopt', 'run_method']
+           'check_split', 'check_labelled', 'check_same_data', 'check_parent', 'check_recipe', 'stopping', 'processes',
+           'make_fabric', 'speaks', 'check_division', 'run_stage', 'find_equal', 'adopt', 'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
 import atexit
@@ -35,9 +35,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import datasets, partscapes  # noqa: F401, make their datasets known
-from .basics import Interrupted, lookup, write_json
+from .basics import Interrupted, lookup, read_json, write_json
 from .clustering import assign, assigned_sums, follow_, most_alike
-from .data import Sample, check_dataset, fingerprint, open_dataset, read_ahead, rng
+from .data import Sample, check_dataset, files_state, fingerprint, open_dataset, read_ahead, rng
 from .evaluation import evaluate
 from .failures import check_veto, count_blame, drawn_at_random, most_blamed
 from .heads import GroupHead
@@ -56,7 +56,7 @@ class InMemory:
     "A small dataset, decoded once; parts and depth are left out."
     in_memory = True
     def __init__(self, dataset):
-        self.labels, self.ids, self.mapping = dataset.labels, dataset.ids, getattr(dataset, 'mapping', None)
+        self.labels, self.ids, self.mapping, self.files = dataset.labels, dataset.ids, getattr(dataset, 'mapping', None), getattr(dataset, 'files', list)
         self.samples = [Sample(s.image, s.label, s.id) for s in read_ahead(dataset)]
 
     def __len__(self): return len(self.samples)
@@ -305,13 +305,19 @@ class Job:
         return {'device': f'{self.world} x {name}' if self.world > 1 else name, 'precision': self.precision, 'seconds': seconds}
 
 @lru_cache(maxsize=4)
-def _open_cached(facts: str, root: Path | None):
-    dataset, options, in_memory = json.loads(facts)
-    opened = open_dataset(dataset, root=root, **options)
-    return InMemory(opened) if in_memory else opened
+def _opened(facts: str, root: Path | None):
+    dataset, options = json.loads(facts)
+    return open_dataset(dataset, root=root, **options)
+
+@lru_cache(maxsize=4)
+def _decoded(facts: str, root: Path | None, state: str):
+    dataset, options = json.loads(facts)
+    return InMemory(open_dataset(dataset, root=root, **options))
 
 def _open(data: Data, role: str, root: Path | None):
-    return _open_cached(json.dumps([data.dataset, dict(data.splits[role]), data.in_memory], sort_keys=True), root)
+    facts = json.dumps([data.dataset, dict(data.splits[role])], sort_keys=True)
+    if not data.in_memory: return _opened(facts, root)
+    return _decoded(facts, root, files_state(open_dataset(data.dataset, root=root, **data.splits[role])))      # a long session sees what was changed
 
 # %% ../nbs/12_training.ipynb #cell-14
 def model_config(recipe: Recipe, stage: Stage, labels) -> dict:
@@ -623,7 +629,7 @@ def peak_memory(device: torch.device) -> dict:
 
 # %% ../nbs/12_training.ipynb #cell-29
 def check_data(job: Job) -> dict:
-    "Read every sample of the recipe's splits once per output folder; returns their fingerprints. Errors name the file."
+    "Read every sample of the recipe's splits once per output folder, and again after a file was changed; returns their fingerprints. Errors name the file."
     checked = {role: check_split(job, role) for role in job.recipe.data.splits}
     return {role: {'dataset': job.recipe.data.dataset, 'images': c['images'], 'contents': c['contents'][:16]} for role, c in checked.items()}
 
@@ -631,12 +637,31 @@ def check_split(job: Job, role: str) -> dict:
     "What `check_dataset` says of the split that plays `role`, from the output folder if it was read before."
     dataset = job.data(role)
     if not len(dataset): raise ValueError(f'the {role} split of {job.recipe.name} has no images')
-    where = hashlib.sha256(f'{fingerprint(dataset)} {job.data_root and job.data_root.absolute()} {dict(job.recipe.data.splits[role])}'.encode())
+    where = hashlib.sha256(f'{fingerprint(dataset)} {files_state(dataset)} {job.data_root and job.data_root.absolute()} {dict(job.recipe.data.splits[role])}'.encode())
     record = job.out / job.recipe.experiment / 'data' / f'{where.hexdigest()[:16]}.json'
     if not record.is_file():
         record.parent.mkdir(parents=True, exist_ok=True)
-        write_json(record, check_dataset(dataset, progress=len(dataset) > 500))
-    return json.loads(record.read_text())
+        found = check_dataset(dataset, progress=len(dataset) > 500)
+        if role == 'train': check_labelled(found, f'the {role} split of {job.recipe.name}')
+        write_json(record, found)
+    return read_json(record)
+
+def check_labelled(found: dict, what: str):  # of `check_dataset`
+    "ValueError if all is void; a warning that names classes without a pixel."
+    never = [name for name, n in found['class_pixels'].items() if not n]
+    if len(never) == len(found['class_pixels']): raise ValueError(f'{what} has no labelled pixel: all of its {found["images"]} label maps are void')
+    if never: warnings.warn(f'{what} never shows {", ".join(never)}', stacklevel=2)
+
+def check_same_data(job: Job, data: dict):  # of `check_data`
+    "ValueError if the stage that this one starts from was made of other images in the same splits: files were changed since, or it is another data root."
+    init = job.recipe if job.parent else job.recipe.init and find_recipe(job.recipe.experiment, job.recipe.init)
+    if not (folder := job.parent or job.start): return
+    made = read_json(folder / 'provenance.json').get('data', {})
+    for role, now in data.items():
+        then = made.get(role, now) if init.data.splits.get(role) == job.recipe.data.splits[role] else now
+        if then != now:
+            raise ValueError(f'{folder} was made of other {role} images than there are now ({then.get("images")} images, contents {then.get("contents")}; '
+                             f'now {now["images"]}, {now["contents"]}); put those back, or choose another output folder')
 
 def check_parent(job: Job):
     "The stage before must be finished, and made by the same recipe."
@@ -668,7 +693,7 @@ def stopping(max_minutes: float | None):
     if _stop:
         yield _stop[0]
         return
-    deadline, reasons, previous = time.monotonic() + 60 * (max_minutes or float('inf')), [], {}
+    deadline, reasons, previous = time.monotonic() + 60 * (float('inf') if max_minutes is None else max_minutes), [], {}
     if threading.current_thread() is threading.main_thread():
         def ask(number, _):
             if reasons and number == signal.SIGINT: raise KeyboardInterrupt      # asked twice: do not wait for the step
@@ -780,7 +805,7 @@ def find_equal(job: Job, data: dict) -> Path | None:
     for note in sorted(job.out.glob(f'*/*/seed{job.seed}/{job.stage.name}/recipe.json')):
         folder = note.parent
         if folder == job.folder or not is_finished(folder) or json.loads(note.read_text()) != digest: continue
-        made = json.loads((folder / 'provenance.json').read_text())
+        made = read_json(folder / 'provenance.json')
         if all(made.get(k) == v for k, v in {'data': data, **{k: job.session(0)[k] for k in ('device', 'precision')}}.items()): return folder
     return None
 
@@ -800,6 +825,7 @@ def _run(job: Job):
     labels = job.data('val').labels
     model, config = start_model(job, labels)      # first: missing weights are known at once, a bad image after reading all
     data = job.first(check_data, job)
+    check_same_data(job, data)
     if source := job.first(find_equal, job, data): return adopt(job, source) if job.writes else None
     if job.writes:
         check_space(job.folder, 8 * sum(t.numel() * t.element_size() for t in model.state_dict().values()) + 10_000_000)

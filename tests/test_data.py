@@ -1,5 +1,6 @@
 "Readers, their error messages, the EM and folder datasets, and the check before training."
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scaleprotoseg.basics import UnknownName, lookup
-from scaleprotoseg.data import (Labels, Sample, check_dataset, fingerprint, image_to_tensor, open_dataset, palette, read_ahead, read_image,
+from scaleprotoseg.data import (Labels, Sample, check_dataset, files_state, fingerprint, image_to_tensor, open_dataset, palette, read_ahead, read_image,
                                 read_label, read_pair, read_pixels, rng)
 
 
@@ -362,7 +363,9 @@ def test_folder_listing_may_name_sub_folders(tmp_path):
     (dict(values=[0]), 'as many different'), (dict(values=[0, 0]), 'as many different'),
     (dict(void=[1]), 'as many different'),
     (dict(values=[0, -1]), 'whole numbers in 0..65535'), (dict(values=['0', '1']), 'whole numbers'),
-    (dict(names=['x', 'x']), 'does not describe classes'), (dict(names=None), 'does not describe classes')])
+    (dict(names=['x', 'x']), 'does not describe classes'), (dict(names=None), 'does not describe classes'),
+    (dict(valus=[1, 0]), "unknown key 'valus'; did you mean 'values'"), (dict(colors=[[300, 0, 0], [0, 0, 0]]), 'three whole numbers in 0..255, got .300'),
+    (dict(colors=[[1, 2], [0, 0, 0]]), 'three whole numbers'), (dict(colors=[['a', 0, 0], [0, 0, 0]]), 'three whole numbers')])
 def test_folder_with_a_wrong_description(tmp_path, described, message):
     with pytest.raises(ValueError, match=f'labels.json.*{message}'):
         open_dataset('folder', 'train', folder(tmp_path, **described))
@@ -393,6 +396,30 @@ def test_folder_errors_say_what_to_do(tmp_path):
     (tmp_path/'labels.json').write_text('{"names": ')
     with pytest.raises(ValueError, match='labels.json does not describe classes'):
         open_dataset('folder', 'train', tmp_path)
+
+
+def test_a_label_map_without_its_image_is_named(tmp_path):
+    folder(tmp_path, listing=False)
+    (tmp_path/'images/train/b.jpg').unlink()
+    with pytest.raises(FileNotFoundError, match=r'labels.train.b\.png has no image'): open_dataset('folder', 'train', tmp_path)
+
+
+def test_a_file_that_changes_changes_the_state_of_its_dataset(tmp_path):
+    ds = open_dataset('folder', 'train', folder(tmp_path))
+    before, names = files_state(ds), {p.name for p in ds.files()}
+    assert files_state(ds) == before and names == {'a.png', 'b.jpg', 'b.png', 'labels.json'}
+    save(tmp_path/'labels/a.png', np.array([[1, 0, 0], [0, 1, 255]], np.uint8))
+    os.utime(tmp_path/'labels/a.png', (1, 1))
+    assert files_state(ds) != before and fingerprint(ds) == fingerprint(open_dataset('folder', 'train', tmp_path))
+    assert files_state(Fake(sample())) == files_state(Fake())                     # rendered: there are no files
+
+
+def test_a_picture_of_several_pages_is_not_cut_to_the_first(tmp_path):
+    pages = [Image.fromarray(np.full((4, 5), v, np.uint8)) for v in (10, 20, 30)]
+    pages[0].save(tmp_path/'stack.tif', save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path/'one.tif')
+    with pytest.raises(ValueError, match=r'stack\.tif.*3 pages'): read_pixels(tmp_path/'stack.tif')
+    assert read_pixels(tmp_path/'stack.tif', 2).unique().tolist() == [30] and read_pixels(tmp_path/'one.tif').unique().tolist() == [10]
 
 
 # ---- the check before training

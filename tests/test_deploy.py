@@ -64,3 +64,12 @@ def test_a_file_with_other_numbers_is_not_kept(stages, tmp_path, monkeypatch):
     (tmp_path / 'model.pt2').write_text('an earlier file')
     with pytest.raises(ValueError, match='would give other numbers than the model: 0.01'): export_model(load(stages['groups']), tmp_path / 'model.pt2', (64, 96))
     assert [p.read_text() for p in tmp_path.iterdir()] == ['an earlier file']
+
+
+def test_a_size_that_cannot_be_and_a_file_that_cannot_take_every_size_are_said(stages, tmp_path):
+    with pytest.raises(ValueError, match='images of 0 x 7 pixels'): export_model(load(stages['linear']), tmp_path / 'model.pt2', (0, 7))
+    pytest.importorskip('onnxruntime', reason='onnxruntime is not installed (extra `deploy`)')
+    pytest.importorskip('onnxscript', reason='onnxscript is not installed (extra `deploy`)')
+    unet = write_stage(tmp_path / 'runs/smoke/unet/seed0/joint', 'pixel', 1, backbone=dict(name='unet', width=2), recipe='smoke/unet')
+    with pytest.raises(ValueError, match='model.onnx does not run on images of 109 x 168 pixels.*give the height and width'): export_model(load(unet), tmp_path / 'model.onnx')
+    assert not (tmp_path / 'model.onnx').exists() and export_model(load(unet), tmp_path / 'model.onnx', (64, 96))['outputs'] == ['logits']

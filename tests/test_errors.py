@@ -1,4 +1,5 @@
 """Bad input gets one clear line that names the file or value, before training starts, and nothing is left half done."""
+import json
 import shutil
 import sys
 from collections import namedtuple
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from scaleprotoseg import cli, recipes, runs
+from scaleprotoseg.basics import Interrupted
 from scaleprotoseg.training import run_stage
 
 
@@ -121,6 +123,84 @@ def test_a_checkpoint_of_another_architecture_is_refused(pretrained, tmp_path):
     run_stage('smoke', 'linear', 'joint', out=out, device='cpu')
     shutil.copy(out / old.name / 'seed0/joint/head.safetensors', out / 'smoke/protoseg/seed0/warmup/head.safetensors')
     with pytest.raises(ValueError, match='another architecture'): run_stage('smoke', 'protoseg', 'joint', out=out, device='cpu')
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    "A folder of four pictures with label maps, and small recipes for it; returns a function that writes the label maps, and the options of `run_stage`."
+    root, roles = tmp_path / 'mine', {'train': {'split': 'train'}, 'push': {'split': 'train'}, 'val': {'split': 'val'}}
+    def write(left=0, names=('a', 'b')):
+        for split in ('train', 'val'):
+            for i in range(2):
+                for kind in ('images', 'labels'): (root / kind / split).mkdir(parents=True, exist_ok=True)
+                label = np.full((64, 96), left, np.uint8)
+                label[:, 48:] = 1 - left if left < 2 else left
+                Image.fromarray(label * 50).save(root / 'images' / split / f'{i}.png')
+                Image.fromarray(label).save(root / 'labels' / split / f'{i}.png')
+        (root / 'labels.json').write_text(json.dumps({'names': names, 'void': [255]}))
+    for method in ('pretrain', 'protoseg'):
+        r = recipes.RECIPES[f'smoke/{method}']
+        r = replace(r, experiment='mine', data=replace(r.data, dataset='folder', splits=roles, crop=(64, 96)))
+        monkeypatch.setitem(recipes.RECIPES, r.name, r)
+    write()
+    return write, dict(out=tmp_path / 'runs', data_root=root, device='cpu')
+
+
+def contents(folder): return json.loads((folder / 'provenance.json').read_text())['data']['train']['contents']
+
+
+def test_labels_that_were_corrected_are_read_again_and_not_mixed_with_what_they_were(mine):
+    write, options = mine
+    first = run_stage('mine', 'pretrain', 'joint', **options)
+    run_stage('mine', 'protoseg', 'warmup', **options)
+    write(left=1, names=['a', 'b'])                                            # as many pixels of each, elsewhere
+    label = options['data_root'] / 'labels/train/0.png'
+    Image.fromarray(np.zeros((64, 96), np.uint8)).save(label)
+    assert contents(run_stage('mine', 'pretrain', 'joint', seed=1, **options)) != contents(first)
+    with pytest.raises(ValueError, match='warmup was made of other train images than there are now'): run_stage('mine', 'protoseg', 'joint', **options)
+    shutil.rmtree(options['out'] / 'mine/protoseg')
+    with pytest.raises(ValueError, match='pretrain/seed0/joint was made of other train images'): run_stage('mine', 'protoseg', 'warmup', **options)
+
+
+def test_images_without_a_label_cannot_be_trained_on_and_a_class_without_a_pixel_is_named(mine):
+    write, options = mine
+    write(left=255)
+    with pytest.raises(ValueError, match='train split of mine/pretrain has no labelled pixel'): run_stage('mine', 'pretrain', 'joint', **options)
+    write(names=['a', 'b', 'rare'])
+    with pytest.warns(UserWarning, match='train split of mine/pretrain never shows rare'): run_stage('mine', 'pretrain', 'joint', **options)
+
+
+def test_predictions_of_two_black_boxes_or_of_other_images_are_not_mixed(mine, monkeypatch, capsys, tmp_path):
+    write, options = mine
+    for seed in (0, 1): run_stage('mine', 'pretrain', 'joint', seed=seed, **options)
+    def export(seed):
+        monkeypatch.setattr(sys, 'argv', ['scaleprotoseg', 'export', str(options['out'] / f'mine/pretrain/seed{seed}'), str(tmp_path / 'sub'), '--split', 'val',
+                                          '--data-root', str(options['data_root'])])
+        with pytest.raises(SystemExit) as e: cli.main()
+        return e.value.code, ' '.join(capsys.readouterr())
+    code, text = export(0)
+    assert code == 0 and '2 files written' in text
+    code, text = export(1)                                                      # its head is as empty as the other one's
+    assert code == 2 and 'holds predictions of' in text
+    assert '0 files written' in export(0)[1]
+    Image.fromarray(np.zeros((64, 96), np.uint8)).save(options['data_root'] / 'images/val/1.png')
+    code, text = export(0)
+    assert code == 2 and 'holds predictions of' in text
+
+
+def test_no_time_at_all_is_not_all_the_time(tmp_path):
+    with pytest.raises(Interrupted, match='out of time before it began'): run_stage('smoke', 'pretrain', 'joint', out=tmp_path, device='cpu', max_minutes=0)
+
+
+@pytest.mark.parametrize('arguments', [('figures', 'demo', '--runs', 'RUNS'), ('notebook', 'nbs/paper/scaleprotoseg/table_01.ipynb', 'x.ipynb', '-p', 'runs=RUNS'),
+                                       ('figures', 'em-quick-ablations', '--runs', 'RUNS', '--recorded', 'RUNS')], ids=['figures', 'notebook', 'recorded'])
+def test_results_are_not_replaced_by_empty_tables(monkeypatch, capsys, tmp_path, arguments):
+    folder, words = Path(__file__).parents[1], [a.replace('RUNS', str(tmp_path)) for a in arguments]
+    monkeypatch.chdir(folder)
+    before = {p: p.stat().st_mtime_ns for p in (folder / 'figures').rglob('*.md')}
+    code, text = call(monkeypatch, capsys, *words)
+    assert code == 2 and f'no finished run of {"em-quick-ablations" if "--recorded" in arguments else "demo"} in {tmp_path}' in text
+    assert before == {p: p.stat().st_mtime_ns for p in (folder / 'figures').rglob('*.md')} and not (folder / 'x.ipynb').exists()
 
 
 def test_an_empty_split_is_an_error(tmp_path, monkeypatch):

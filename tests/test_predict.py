@@ -71,6 +71,12 @@ def test_unknown_recipe_falls_back_to_the_newest_stage(tmp_path):
     assert last_stage(tmp_path).name == 'b'
 
 
+def test_the_newest_stage_is_the_one_that_says_so(tmp_path):
+    for age, name in enumerate(['b', 'c', 'a']):        # a copy gives all files the times of the copying
+        (empty_stage(tmp_path / name, 'mine/own', age=age) / 'provenance.json').write_text(json.dumps({'finished': f'2030-01-0{age + 1}T00:00:00+00:00'}))
+    assert last_stage(tmp_path).name == 'a'
+
+
 def test_unfinished_stages_and_runs_are_refused(tmp_path):
     stage = empty_stage(tmp_path / 'seed0/joint', finished=False)
     with pytest.raises(FileNotFoundError, match='not finished'): last_stage(stage)

@@ -7,7 +7,7 @@ import pytest
 
 from scaleprotoseg import recipes
 from scaleprotoseg.data import DATASETS
-from scaleprotoseg.recipes import RECIPES, Stage, Train, chosen, find_recipe
+from scaleprotoseg.recipes import RECIPES, Stage, Train, changed, chosen, find_recipe
 from scaleprotoseg.training import KINDS, OPTIMIZERS
 
 ROWS = list(csv.DictReader(open(Path(__file__).resolve().parents[1] / 'data/published/recipes.csv', newline='')))
@@ -101,6 +101,11 @@ def test_balance_after_projection_leaves_what_comes_before_alone():
     assert r.digest('project') == main.digest('project') and r.digest('finetune') != main.digest('finetune')
     assert 'CE balanced by 0.5' in r.table() and r.values()['finetune', 'balance'] == .5
     with pytest.raises(ValueError, match='balance=2'): Train(1, {}, balance=2.)
+
+
+def test_a_misspelled_part_of_a_model_is_not_passed_over():
+    with pytest.raises(KeyError, match="unknown part of the model of smoke/linear 'chanels'; did you mean 'channels'"):
+        changed(find_recipe('smoke', 'linear'), '', {'chanels': 3})
 
 
 def test_recipes_cannot_be_added_twice():

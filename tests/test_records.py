@@ -246,7 +246,7 @@ def test_verdicts(records, tmp_path):
     finish(mine, 'demo', 'linear', 'joint', 0)                                                       # not recorded
     table = verify(mine, 'demo', records)
     assert dict(zip(zip(table.stage, table.seed), table.verdict)) == {
-        ('threshold', 0): 'same', ('threshold', 1): 'close', ('threshold', 2): 'close', ('finetune', 0): 'other images', ('prune_finetune', 0): 'itself'}
+        ('threshold', 0): 'same', ('threshold', 1): 'close', ('threshold', 2): 'like another seed', ('finetune', 0): 'other images', ('prune_finetune', 0): 'itself'}
     assert table.set_index('seed').loc[1].unlike == 'device cpu other, threads: 1, was cpu, 2 threads; torch 9.9, was unknown'
     finish(mine, 'demo', 'scaleprotoseg', 'threshold', 2, .49, **how, **counts, active=62)
     assert verify(mine, 'demo', records).set_index('seed').loc[2].verdict == 'differs'
