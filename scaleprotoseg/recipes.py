@@ -53,6 +53,7 @@ class Train:
 
     def __post_init__(self):
         if self.steps < 1: raise ValueError(f'a training stage needs at least one step, got {self.steps}')
+        if min(self.batch, self.accumulate) < 1: raise ValueError(f'batch={self.batch}, accumulate={self.accumulate}: expected at least 1 of each')
         lookup(dict.fromkeys(('adam', 'sgd', 'adamw')), self.optimizer, 'optimizer')
         if not 0 <= self.rise < self.steps: raise ValueError(f'rise={self.rise}: expected a part of the {self.steps} steps')
         if self.views and ({'trunk', 'aspp', 'prototypes'} & set(self.lr) or self.momentum):
