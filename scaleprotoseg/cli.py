@@ -159,10 +159,10 @@ Window = Annotated[tuple[int, int], typer.Option(help='Height and width of a sli
 Best = Annotated[bool, typer.Option('--best', help='The weights of the best validation during training instead of the last.')]
 
 def _trained(run, split, dataset, data_root, device, window, best):
-    "Predictor, protocol, dataset and what to call them, for a command."
+    "Predictor, protocol, dataset and what to call the last two, for a command."
     from dataclasses import replace
 
-    from scaleprotoseg.data import files_state, fingerprint, open_dataset
+    from scaleprotoseg.data import open_dataset
     from scaleprotoseg.model import read_config
     from scaleprotoseg.predict import load
     from scaleprotoseg import training  # noqa: F401, makes the datasets known
@@ -175,13 +175,7 @@ def _trained(run, split, dataset, data_root, device, window, best):
         raise ValueError(f'{predictor.folder} knows the classes {", ".join(predictor.labels.names[:5])}, …, the dataset has '
                          f'{", ".join(data.labels.names[:5])}, … ({len(predictor.labels)} and {len(data.labels)})')
     how = replace(predictor.how, window=window) if any(window) else predictor.how
-    weights = [predictor.folder / f'{"best_" if best else ""}{part}.safetensors' for part in ('backbone', 'head')]
-    weights = [w if w.is_file() else w.with_name(w.name.removeprefix('best_')) for w in weights]      # a frozen backbone has no best
-    digest = _digest(b''.join(w.read_bytes() for w in weights))
-    images = _digest(f'{fingerprint(data)} {files_state(data)}'.encode())
-    return predictor, how, data, f'{dataset or recipe.data.dataset} {split}, images {images}, weights {digest}, {how}'
-
-def _digest(x): return hashlib.sha256(x).hexdigest()[:12]
+    return predictor, how, data, f'{dataset or recipe.data.dataset} {split}, {how}'
 
 # %% ../nbs/16_cli.ipynb #cell-16
 @app.command()
@@ -200,6 +194,17 @@ def evaluate(run: Annotated[Path, typer.Argument(help='Folder of a finished stag
     if output: write_json(output, found)
 
 # %% ../nbs/16_cli.ipynb #cell-17
+def _images(data):
+    from scaleprotoseg.data import files_state, fingerprint
+    return hashlib.sha256(f'{fingerprint(data)} {files_state(data, times=False)}'.encode()).hexdigest()[:12]      # a copy has other times
+
+def _weights(folder, best):
+    digest = hashlib.sha256()
+    for part in ('backbone', 'head'):
+        path = folder / f'best_{part}.safetensors'
+        with open(path if best and path.is_file() else folder / f'{part}.safetensors', 'rb') as f: digest.update(hashlib.file_digest(f, 'sha256').digest())
+    return digest.hexdigest()[:12]
+
 @app.command()
 def export(run: Annotated[Path, typer.Argument(help='Folder of a finished stage or seed.')],
            output: Annotated[Path, typer.Argument(help='Folder for one PNG per image.')], split: Split = 'test', dataset: OtherData = '',
@@ -208,6 +213,7 @@ def export(run: Annotated[Path, typer.Argument(help='Folder of a finished stage 
     from scaleprotoseg.evaluation import export_predictions
     if output.exists() and not output.is_dir(): raise NotADirectoryError(f'{output} is a file; expected a folder for one PNG per image')
     predictor, how, data, source = _trained(run, split, dataset, data_root, device, window, best)
+    source += f', images {_images(data)}, weights {_weights(predictor.folder, best)}'
     print(f'{export_predictions(predictor.model, data, output, predictor.device, how, source)} files written to {output}')
 
 # %% ../nbs/16_cli.ipynb #cell-deploy
@@ -254,12 +260,14 @@ def data_(download: Annotated[str, typer.Option(help='Fetch this dataset, if its
 def notebook(source: Path, target: Path,
              parameter: Annotated[list[str], typer.Option('-p', help='name=value, value as JSON or plain text.')] = []):  # noqa: B006
     "Run a parameterised notebook; unknown parameters and wrong types are errors."
-    from scaleprotoseg.notebooks import notebook_parameters, run_notebook
+    from scaleprotoseg.notebooks import check_parameters, notebook_parameters, run_notebook
     from scaleprotoseg.report import check_there
     given = dict(_parameter(p) for p in parameter)
-    told = {k: v['default'].strip('\'"') for k, v in notebook_parameters(source).items()} | given
-    if {'experiment', 'runs', 'out'} <= told.keys(): check_there(told['experiment'], told['runs'], told.get('recorded', ''))
-    try: run_notebook(source, target, given)
+    try:
+        check_parameters(source, given)
+        told = {k: v['default'].strip('\'"') for k, v in notebook_parameters(source).items()} | given
+        if {'experiment', 'runs', 'out'} <= told.keys(): check_there(told['experiment'], told['runs'], told.get('recorded', ''))
+        run_notebook(source, target, given)
     except TypeError as e: raise ValueError(str(e)) from e      # a parameter of a wrong type
 
 def _parameter(text):
@@ -296,7 +304,7 @@ Records = Annotated[Path, typer.Option(help='Folder of records.')]
 @app.command()
 def verify(experiment: str, runs: Out = Path('runs'), recorded: Records = Path('data/recorded'),
            output: Annotated[Path | None, typer.Option(help='Tables to write, without ending: stages, methods, claims, and what made them.')] = None):
-    "Set finished stages beside the numbers that came with the package; ends with 1 if some are not the same, nor close."
+    "Set finished stages beside the numbers that came with the package; ends with 1 if some are of other images, or farther away than another seed would be."
     from scaleprotoseg import records
     from scaleprotoseg.report import save_again
     if output and output.suffix in ('.csv', '.md', '.tex', '.json'): raise ValueError(f'--output {output}: several files begin with it, so leave out {output.suffix}')

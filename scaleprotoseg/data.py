@@ -181,10 +181,12 @@ def _opened(path: str | Path, expected: str) -> Iterator[Image.Image]:
 def _decode(path: str | Path, expected: str, frame: int | None = None) -> Image.Image:
     "Page `frame` of an image file, decoded; None: the only one."
     with _opened(path, expected) as im:
-        if frame is None and im.format == 'TIFF' and im.n_frames > 1: raise ValueError(f'{im.n_frames} pages, of which none was named')
+        pages = im.n_frames if im.format == 'TIFF' else 1
         im.seek(frame or 0)
         im.load()
-        return im.copy()
+        page = im.copy()
+    if frame is None and pages > 1: raise ValueError(f'{path} has {pages} pages; expected one picture. Save the page that is meant as a file of its own.')
+    return page
 
 # %% ../nbs/00_data.ipynb #cell-25
 def _unit_grey(im: Image.Image) -> np.ndarray:
@@ -337,7 +339,7 @@ class Folder:
         where = lookup(splits, split, 'split')
         if where.is_dir():
             found = _pictures(where)
-            if alone := sorted(p for p in (labels/split).glob('*.png') if p.stem not in found):
+            if alone := sorted(p for p in (labels/split).glob('*.png') if p.stem not in found and not p.name.startswith('.')):
                 raise FileNotFoundError(f'{alone[0]} has no image in {where} ({len(alone)} such file(s)). Move it away, or add the image.')
             return list(found), [(p, labels/split/f'{i}.png') for i, p in found.items()]
         ids = [line.strip() for line in where.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
@@ -407,11 +409,12 @@ def fingerprint(ds: Dataset) -> str:
     "SHA-256 of the class names and the ids, in order; reads no file."
     return hashlib.sha256(json.dumps([list(ds.labels.names), list(ds.ids)]).encode()).hexdigest()
 
-def files_state(ds: Dataset) -> str:
-    """SHA-256 of the names, sizes and times of a dataset's files, if it lists them (`files()`): another one after a file was changed. Reads none.
+def files_state(ds: Dataset, times: bool = True) -> str:
+    """SHA-256 of the names, sizes and, with `times`, times of change of a dataset's files, if it has a method `files` that lists them. Reads none.
 
     FileNotFoundError if one is gone."""
-    found = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in getattr(ds, 'files', list)()]
+    listed = getattr(ds, 'files', None)
+    found = [(p.name, (s := p.stat()).st_size, times and s.st_mtime_ns) for p in map(Path, listed() if callable(listed) else ())]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 def _check_sample(s: Sample, n_classes: int) -> np.ndarray:

@@ -861,7 +861,8 @@ def build_report(experiment: str, figures: str | Path = 'figures', runs: str | P
 # %% ../nbs/15_report.ipynb #cell-travel-1
 def check_there(experiment: str, runs: str | Path, recorded: str | Path = ''):
     "FileNotFoundError if there is no finished run to make results of, before results that are there become empty tables."
-    if recorded and not Path(recorded).is_dir(): raise FileNotFoundError(f'there is no folder of records {recorded}')
+    runs, recorded = from_root(runs), recorded and from_root(recorded)       # as notebooks do
+    if recorded and not recorded.is_dir(): raise FileNotFoundError(f'there is no folder of records {recorded}')
     if finished(runs, experiment, with_main=True, recorded=recorded): return
     also = f', nor in {recorded}' if recorded else f'; train it, or let recorded runs stand in ({RECORDED}), where scores are all that is asked for'
     raise FileNotFoundError(f'no finished run of {experiment} in {runs}{also}')

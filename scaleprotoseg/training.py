@@ -25,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -220,6 +220,8 @@ class Job:
     fabric: object            # lightning.fabric.Fabric: device, precision, gradients
     stop: Callable[[], str]   # reason to stop now, or ''
     precision: str = '32-true'
+    images: dict = field(default_factory=dict)              # of every split, see `check_data`
+    opened: dict = field(default_factory=dict, repr=False)  # datasets by role, as they were when the stage was begun
 
     @property
     def folder(self) -> Path: return run_folder(self.out, self.recipe, self.seed, self.stage.name)
@@ -259,7 +261,8 @@ class Job:
 
     def data(self, role: str):
         "The dataset that plays `role` (train, push, val)."
-        return _open(self.recipe.data, role, self.data_root)
+        if role not in self.opened: self.opened[role] = _open(self.recipe.data, role, self.data_root)
+        return self.opened[role]
 
     def share(self, role: str):
         "This process's share of a dataset."
@@ -305,19 +308,14 @@ class Job:
         return {'device': f'{self.world} x {name}' if self.world > 1 else name, 'precision': self.precision, 'seconds': seconds}
 
 @lru_cache(maxsize=4)
-def _opened(facts: str, root: Path | None):
-    dataset, options = json.loads(facts)
-    return open_dataset(dataset, root=root, **options)
-
-@lru_cache(maxsize=4)
 def _decoded(facts: str, root: Path | None, state: str):
     dataset, options = json.loads(facts)
     return InMemory(open_dataset(dataset, root=root, **options))
 
 def _open(data: Data, role: str, root: Path | None):
-    facts = json.dumps([data.dataset, dict(data.splits[role])], sort_keys=True)
-    if not data.in_memory: return _opened(facts, root)
-    return _decoded(facts, root, files_state(open_dataset(data.dataset, root=root, **data.splits[role])))      # a long session sees what was changed
+    "A split as it is on the disk now; one that is kept in memory is decoded again after a file was changed."
+    opened = open_dataset(data.dataset, root=root, **data.splits[role])
+    return _decoded(json.dumps([data.dataset, dict(data.splits[role])], sort_keys=True), root, files_state(opened)) if data.in_memory else opened
 
 # %% ../nbs/12_training.ipynb #cell-14
 def model_config(recipe: Recipe, stage: Stage, labels) -> dict:
@@ -415,7 +413,9 @@ def train_stage(job: Job, model: Model) -> dict:
     model.train_only_(train.lr, train.batch_norm)
     wrapped, optimizer = job.fabric.setup(model, make_optimizer(model, train))
     for name in ('outputs', 'score_similarities'): wrapped.mark_forward_method(name)
-    position |= load_resume(job.folder / 'resume.safetensors', model, optimizer) or {}
+    position |= {'images': job.images} | (load_resume(job.folder / 'resume.safetensors', model, optimizer) or {})
+    if position['images'] != job.images:
+        raise ValueError(f'{job.folder} was begun with other images than there are now; put those back, or remove the folder to begin again')
     if position['step'] and job.writes: print(f'{job.folder}: continuing at step {position["step"]} of {train.steps}', file=sys.stderr)
     earlier = position['sessions']
     counts = _loop(job, model, wrapped, optimizer, source, position)
@@ -641,10 +641,10 @@ def check_split(job: Job, role: str) -> dict:
     record = job.out / job.recipe.experiment / 'data' / f'{where.hexdigest()[:16]}.json'
     if not record.is_file():
         record.parent.mkdir(parents=True, exist_ok=True)
-        found = check_dataset(dataset, progress=len(dataset) > 500)
-        if role == 'train': check_labelled(found, f'the {role} split of {job.recipe.name}')
-        write_json(record, found)
-    return read_json(record)
+        write_json(record, check_dataset(dataset, progress=len(dataset) > 500))
+    found = read_json(record)
+    if role == 'train' and not job.parent: check_labelled(found, f'the {role} split of {job.recipe.name}')
+    return found
 
 def check_labelled(found: dict, what: str):  # of `check_dataset`
     "ValueError if all is void; a warning that names classes without a pixel."
@@ -658,8 +658,8 @@ def check_same_data(job: Job, data: dict):  # of `check_data`
     if not (folder := job.parent or job.start): return
     made = read_json(folder / 'provenance.json').get('data', {})
     for role, now in data.items():
-        then = made.get(role, now) if init.data.splits.get(role) == job.recipe.data.splits[role] else now
-        if then != now:
+        alike = (init.data.dataset, init.data.splits.get(role)) == (job.recipe.data.dataset, job.recipe.data.splits[role])
+        if alike and (then := made.get(role, now)) != now:
             raise ValueError(f'{folder} was made of other {role} images than there are now ({then.get("images")} images, contents {then.get("contents")}; '
                              f'now {now["images"]}, {now["contents"]}); put those back, or choose another output folder')
 
@@ -826,6 +826,7 @@ def _run(job: Job):
     model, config = start_model(job, labels)      # first: missing weights are known at once, a bad image after reading all
     data = job.first(check_data, job)
     check_same_data(job, data)
+    job.images = data
     if source := job.first(find_equal, job, data): return adopt(job, source) if job.writes else None
     if job.writes:
         check_space(job.folder, 8 * sum(t.numel() * t.element_size() for t in model.state_dict().values()) + 10_000_000)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from scaleprotoseg import cli, recipes, runs
+from scaleprotoseg import cli, data, recipes, runs, training
 from scaleprotoseg.basics import Interrupted
+from scaleprotoseg.partscapes import PartScapes
 from scaleprotoseg.training import run_stage
 
 
@@ -125,8 +126,8 @@ def test_a_checkpoint_of_another_architecture_is_refused(pretrained, tmp_path):
     with pytest.raises(ValueError, match='another architecture'): run_stage('smoke', 'protoseg', 'joint', out=out, device='cpu')
 
 
-@pytest.fixture
-def mine(tmp_path, monkeypatch):
+@pytest.fixture(params=[True, False], ids=['in memory', 'from files'])
+def mine(request, tmp_path, monkeypatch):
     "A folder of four pictures with label maps, and small recipes for it; returns a function that writes the label maps, and the options of `run_stage`."
     root, roles = tmp_path / 'mine', {'train': {'split': 'train'}, 'push': {'split': 'train'}, 'val': {'split': 'val'}}
     def write(left=0, names=('a', 'b')):
@@ -140,7 +141,7 @@ def mine(tmp_path, monkeypatch):
         (root / 'labels.json').write_text(json.dumps({'names': names, 'void': [255]}))
     for method in ('pretrain', 'protoseg'):
         r = recipes.RECIPES[f'smoke/{method}']
-        r = replace(r, experiment='mine', data=replace(r.data, dataset='folder', splits=roles, crop=(64, 96)))
+        r = replace(r, experiment='mine', data=replace(r.data, dataset='folder', splits=roles, crop=(64, 96), in_memory=request.param))
         monkeypatch.setitem(recipes.RECIPES, r.name, r)
     write()
     return write, dict(out=tmp_path / 'runs', data_root=root, device='cpu')
@@ -160,6 +161,27 @@ def test_labels_that_were_corrected_are_read_again_and_not_mixed_with_what_they_
     with pytest.raises(ValueError, match='warmup was made of other train images than there are now'): run_stage('mine', 'protoseg', 'joint', **options)
     shutil.rmtree(options['out'] / 'mine/protoseg')
     with pytest.raises(ValueError, match='pretrain/seed0/joint was made of other train images'): run_stage('mine', 'protoseg', 'warmup', **options)
+
+
+def test_a_training_does_not_go_on_with_other_images(mine):
+    write, options = mine
+    def stopped(*a, **k): raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, '_finish', stopped)                              # all updates are done, and saved
+        run_stage('mine', 'pretrain', 'joint', **options)
+    Image.fromarray(np.zeros((64, 96), np.uint8)).save(options['data_root'] / 'labels/train/0.png')
+    with pytest.raises(ValueError, match='pretrain/seed0/joint was begun with other images'): run_stage('mine', 'pretrain', 'joint', **options)
+    write()
+    assert run_stage('mine', 'pretrain', 'joint', **options)
+
+
+def test_a_trunk_of_another_dataset_is_a_start_like_any_other(mine, monkeypatch):
+    write, options = mine
+    monkeypatch.setitem(data.DATASETS, 'other', lambda split, root=None: PartScapes(split, n=4, size=(64, 96)))      # splits of the same names
+    pretrain = recipes.RECIPES['mine/pretrain']
+    monkeypatch.setitem(recipes.RECIPES, 'mine/pretrain', replace(pretrain, data=replace(pretrain.data, dataset='other')))
+    run_stage('mine', 'pretrain', 'joint', **options)
+    assert run_stage('mine', 'protoseg', 'warmup', **options)
 
 
 def test_images_without_a_label_cannot_be_trained_on_and_a_class_without_a_pixel_is_named(mine):
@@ -204,7 +226,6 @@ def test_results_are_not_replaced_by_empty_tables(monkeypatch, capsys, tmp_path,
 
 
 def test_an_empty_split_is_an_error(tmp_path, monkeypatch):
-    from scaleprotoseg import data, training
     class Nothing:
         labels, ids = data.Labels(('a', 'b'), ((0, 0, 0), (1, 1, 1))), []
         def __init__(self, split, root=None): pass
