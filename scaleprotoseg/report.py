@@ -277,7 +277,7 @@ def plot_lengths(frame: pd.DataFrame,     # of `collect(…, with_main=True)`
     panels = {'as reported': [(METHOD_NAMES.get(c.recipe.method, c.recipe.method), c, x) for c, x in known if c.stage == c.recipe.reported.name]}
     for method in dict.fromkeys(c.recipe.method for c, _ in known if len(c.recipe.stages) > 1):
         panels[f'{METHOD_NAMES.get(method, method)}, by stage'] = [(c.stage, c, x) for c, x in known if c.recipe.method == method]
-    fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, layout='constrained', figsize=(3.4 * len(panels), 3.2))
+    fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, layout='constrained', figsize=(3.4 * len(panels), 3.8))
     for ax, (title, points) in zip(axes[0], panels.items()):
         names = list(dict.fromkeys(n for n, *_ in points))
         for name, colour in zip(names, palette(len(names))):
@@ -289,9 +289,11 @@ def plot_lengths(frame: pd.DataFrame,     # of `collect(…, with_main=True)`
         ax.set_xticks(updates, map(str, updates))
         ax.minorticks_off()
         ax.legend(frameon=False, fontsize=8)
-    for name, y in lines.items():
+    for i, (name, y) in enumerate(sorted(lines.items(), key=lambda line: line[1])):       # neighbours on opposite sides
         axes[0, 0].axhline(y, color='0.5', linewidth=.8, linestyle=':')
-        axes[0, 0].annotate(name, (0, y), xycoords=('axes fraction', 'data'), xytext=(3, 2), textcoords='offset points', fontsize=7, color='0.35')
+        axes[0, 0].annotate(name, (i % 2, y), xycoords=('axes fraction', 'data'), xytext=(3 - 6 * (i % 2), 2), textcoords='offset points',
+                            ha='right' if i % 2 else 'left', fontsize=6.5, color='0.35')
+    if lines: axes[0, 0].set_ylim(top=max(axes[0, 0].get_ylim()[1], max(lines.values()) + .07 * (max(lines.values()) - axes[0, 0].get_ylim()[0])))
     axes[0, 0].set_ylabel('mIoU (%)')
     return fig
 
