@@ -209,8 +209,8 @@ def plain_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                 cases: Iterable[Case]) -> pd.DataFrame:
     "mIoU, used prototypes and runs of each case, where the papers that we have print no number."
     import pandas as pd
-    return pd.DataFrame([{'method': c.recipe.method, 'variant': c.recipe.variant, 'stage': c.stage, 'setting': c.setting,
-                          **{k: v for k, v in summarise(frame, c.recipe, c.stage).items() if k != 'group_average'}} for c in cases], dtype=object)
+    rows = [{'method': c.recipe.method, 'variant': c.recipe.variant, 'stage': c.stage, 'setting': c.setting, **summarise(frame, c.recipe, c.stage)} for c in cases]
+    return pd.DataFrame(rows, columns=['method', 'variant', 'stage', 'setting', 'miou', 'std', 'runs', 'prototypes'], dtype=object)
 
 @dataclass(frozen=True)
 class Case:
