@@ -554,7 +554,7 @@ for name in ('em', 'em-quick'):
     add_recipes(*apart(*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), balanced_last(scale), fixed_last(scale), *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))))
 unzoomed = no_zoom(find_recipe('em-quick', 'scaleprotoseg'))
 add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))),
-            *apart(*(longer(find_recipe('em-quick', m), times) for times in (3, 10) for m in ('unet', 'protoseg', 'scaleprotoseg'))),
+            *apart(*(longer(find_recipe('em-quick', m), times) for times in (3, 10, 33) for m in ('unet', 'protoseg', 'scaleprotoseg'))),
             *apart(*(step(find_recipe('em-quick', 'unet')) for step in IN_SUPPLEMENT), unzoomed, *(longer(unzoomed, times) for times in (3, 10))),
             *apart(*from_supplement(find_recipe('em-supplement-quick', 'unet'), find_recipe('em-quick', 'unet'))))
 _aug = find_recipe('pascal', 'scaleprotoseg')

@@ -346,7 +346,8 @@ _QUESTIONS = {   # variant -> what it asks
     'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does better training add?',
     'lovasz_last': 'What does a Lovász loss add to the stages after projection?', 'balanced_last': 'What if rare classes count more in the stages after projection?',
     'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?',
-    'joint10x': 'What does a joint training ten times as long add?', 'no_zoom10x': 'What if training images are not zoomed in a training ten times as long?',
+    'joint10x': 'What does a joint training ten times as long add?', 'joint33x': 'What does a joint training 33 times as long, about as many updates as published, add?',
+    'no_zoom10x': 'What if training images are not zoomed in a training ten times as long?',
     'no_zoom': 'What if training images are not zoomed?', 'no_zoom3x': 'What if training images are not zoomed in a longer training?',
     'warped': 'What do a small distortion and blur add?',
     'zoomed': 'What if training images are zoomed?', 'unwarped': 'What if training images are not distorted and blurred?',
@@ -356,7 +357,8 @@ _QUESTIONS = {   # variant -> what it asks
 _AGAINST = {'plus3x': 'joint3x', 'balanced_last3x': 'joint3x', 'no_zoom3x': 'joint3x', 'no_zoom10x': 'joint10x'}   # variants that vary another variant instead of the main recipe
 
 BETTER = {   # variants that train all methods in another way than the papers
-    'plus': 'with better training', 'joint3x': 'with longer training', 'joint10x': 'with a training ten times as long', 'plus3x': 'with better and longer training'}
+    'plus': 'with better training', 'joint3x': 'with longer training', 'joint10x': 'with a training ten times as long', 'joint33x': 'with a training 33 times as long',
+    'plus3x': 'with better and longer training'}
 
 _LAST = {   # variants that train the stages after projection in another way
     'balanced_last': 'with weights of classes in the last stages', 'balanced_last3x': 'with weights of classes in the last stages of a longer training'}
