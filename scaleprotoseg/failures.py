@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PIXELS', 'FailureCase', 'image_cases', 'enlarged_prediction', 'sort_cases', 'stream_failures', 'find_failures',
-           'cell_sums', 'cell_weights', 'log_mean', 'evidence_parts', 'Member', 'Piece', 'Blame', 'regions',
-           'compared_parts', 'preference', 'blame', 'describe', 'Explained', 'explain_failures', 'worst_of_each',
-           'divided', 'wrong_pixels', 'right_pixels', 'BlameCount', 'count_blame', 'most_blamed', 'drawn_at_random',
-           'check_veto']
+           'raised_threshold', 'cell_sums', 'cell_weights', 'log_mean', 'evidence_parts', 'Member', 'Piece', 'Blame',
+           'regions', 'compared_parts', 'preference', 'blame', 'describe', 'Explained', 'explain_failures',
+           'worst_of_each', 'divided', 'wrong_pixels', 'right_pixels', 'BlameCount', 'count_blame', 'most_blamed',
+           'drawn_at_random', 'check_veto']
 
 # %% ../nbs/11_failures.ipynb #cell-03
 from collections.abc import Callable, Iterator, Sequence
@@ -94,6 +94,14 @@ def find_failures(model: Model, dataset: Dataset, how: Evaluation = Evaluation()
                   images: Sequence[int] | None = None, progress: str = '', **rule) -> list[FailureCase]:
     "All failure cases of a split, worst first; `rule` as in `image_cases`."
     return sort_cases([case for cases, *_ in stream_failures(model, dataset, how, (), images, progress, **rule) for case in cases])
+
+# %% ../nbs/11_failures.ipynb #cell-weakest-2
+def raised_threshold(cases: Sequence[FailureCase],  # of a threshold of 1: every class that is not perfect in an image
+                     n: int,
+                    ) -> float:
+    "The IoU below which the `n` lowest cases lie (fewer where IoUs are equal); 1 if there are no more."
+    ious = sorted(c.iou for c in cases)
+    return ious[n] if n < len(ious) else 1.
 
 # %% ../nbs/11_failures.ipynb #cell-14
 def cell_sums(masks: Tensor,          # (n, H, W) bool
