@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Layer', 'Scene', 'scene', 'plot_case', 'plot_evidence', 'plot_members', 'plot_before_after']
+__all__ = ['Layer', 'Scene', 'scene', 'closer', 'plot_case', 'plot_evidence', 'plot_members', 'plot_before_after']
 
 # %% ../nbs/13_failure_plots.ipynb #cell-05
 @dataclass
@@ -88,6 +88,24 @@ def scene(model: Model, dataset: Dataset, case: FailureCase, atlas: Atlas, how: 
                  sample.label.numpy(), prediction.cpu().numpy(), wrong.cpu().numpy(), {c: [layer(c, e) for e in es] for c, es in order.items()}, members)
 
 def _signed(x: float) -> str: return f'{float(x):+.3g}'.replace('-', '−')
+
+# %% ../nbs/13_failure_plots.ipynb #cell-closer-2
+def closer(scene: Scene,
+           pieces: int = 50,     # connected; if the wrong pixels lie in more, only a part is shown
+           share: float = 0.3,   # of height and width
+          ) -> Scene:
+    "A scene with errors in many pieces as a window onto its wrong pixels, the one with most of them; others as they are."
+    if cv2.connectedComponents(scene.wrong.astype(np.uint8))[0] - 1 <= pieces: return scene
+    size = H, W = scene.label.shape
+    h, w = (max(1, round(share * n)) for n in size)
+    total = cv2.integral(scene.wrong.astype(np.uint8))
+    inside = total[h:, w:] - total[:-h, w:] - total[h:, :-w] + total[:-h, :-w]
+    y, x = np.unravel_index(inside.argmax(), inside.shape)
+    def cut(a): return a[y:y + h, x:x + w]
+    def near(layer): return replace(layer, heat=cut(cv2.resize(layer.heat.astype(np.float32), (W, H), interpolation=cv2.INTER_LINEAR)))
+    return replace(scene, image=cut(scene.image), label=cut(scene.label), prediction=cut(scene.prediction), wrong=cut(scene.wrong),
+                   evidence={c: [*map(near, layers)] for c, layers in scene.evidence.items()},
+                   members=[(name, [*map(near, layers)]) for name, layers in scene.members])
 
 # %% ../nbs/13_failure_plots.ipynb #cell-08
 def plot_case(scene: Scene, width: float = 7.) -> Figure:
