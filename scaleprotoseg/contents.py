@@ -147,7 +147,9 @@ def published_contents(folder: str | Path = 'data/published') -> pd.DataFrame:
     if not path.is_file(): raise FileNotFoundError(f'{path} does not exist; run this in a checkout of the repository')
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
-SHOWN_EXPERIMENTS = ('demo', 'demo-full', 'em-quick', 'em-long', 'em-supplement-quick', 'camvid-quick', 'em', 'em-supplement', 'camvid', 'pascal', 'cityscapes', 'ade20k', 'cocostuff', 'cityscapes-hrnet', 'cityscapes-segformer', 'ade20k-segformer')
+SHOWN_EXPERIMENTS = (
+    'demo', 'demo-full', 'em-quick', 'em-long', 'em-supplement-quick', 'camvid-quick', 'em', 'em-supplement', 'camvid', 'pascal', 'cityscapes',
+    'ade20k', 'cocostuff', 'cityscapes-hrnet', 'cityscapes-segformer', 'ade20k-segformer')
 
 # %% ../nbs/15_contents.ipynb #cell-14
 def status(notebook: PaperNotebook, experiment: str, figures: str | Path = 'figures') -> str:
