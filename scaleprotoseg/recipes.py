@@ -8,7 +8,7 @@ __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'IN_SUPPLEMENT', 'STE
            'changed', 'in_stage', 'veto_name', 'read_veto', 'vetoed', 'add_recipes', 'find_recipe', 'experiments',
            'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split', 'em_supplement', 'no_zoom', 'warped',
            'plain_unet', 'every_third', 'pretrained_recipes', 'published_data', 'legacy', 'taus', 'coco_weights',
-           'longer', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'after_projection',
+           'longer', 'wide', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'after_projection',
            'balanced_last', 'fixed_last', 'small_ablations', 'from_supplement', 'group_ablations', 'apart',
            'view_recipes', 'adamw', 'camvid', 'once']
 
@@ -489,6 +489,11 @@ def longer(r: Recipe, times: int) -> Recipe:
     small experiment's distance to a large one is its short schedule?"""
     return changed(r, f'{r.variant or "joint"}{times}x', steps=in_stage('joint', lambda n: times * n))
 
+def wide(r: Recipe) -> Recipe:
+    "Not from the papers: a U-Net of twice the width, and prototypes of twice the channels. How much of a small experiment's distance is its network?"
+    backbone = {k: 2 * v if k in ('width', 'features') else v for k, v in r.model['backbone'].items()}
+    return changed(r, 'wide', {'backbone': backbone, 'channels': 2 * r.model['channels']})
+
 def protoseg_ablations(r: Recipe) -> list[Recipe]:
     "ProtoSeg, supplement, Table 1, and without the diversity loss."
     wider = [n * r.model['channels'] for n in (2, 4)]
@@ -562,6 +567,7 @@ for name in ('em', 'em-quick'):
 unzoomed = no_zoom(find_recipe('em-quick', 'scaleprotoseg'))
 add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))),
             *apart(*(longer(find_recipe('em-quick', m), times) for times in (3, 10, 33) for m in ('unet', 'protoseg', 'scaleprotoseg'))),
+            *apart(*(longer(wide(find_recipe('em-quick', m)), times) for times in (3, 10) for m in ('unet', 'scaleprotoseg'))),
             *apart(*(step(find_recipe('em-quick', 'unet')) for step in IN_SUPPLEMENT), unzoomed, *(longer(unzoomed, times) for times in (3, 10))),
             *apart(*from_supplement(find_recipe('em-supplement-quick', 'unet'), find_recipe('em-quick', 'unet'))))
 _aug = find_recipe('pascal', 'scaleprotoseg')

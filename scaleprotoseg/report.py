@@ -348,13 +348,15 @@ _QUESTIONS = {   # variant -> what it asks
     'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?',
     'joint10x': 'What does a joint training ten times as long add?', 'joint33x': 'What does a joint training 33 times as long, about as many updates as published, add?',
     'no_zoom10x': 'What if training images are not zoomed in a training ten times as long?',
+    'wide3x': 'What does twice the width add to a training three times as long?', 'wide10x': 'What does twice the width add to a training ten times as long?',
     'no_zoom': 'What if training images are not zoomed?', 'no_zoom3x': 'What if training images are not zoomed in a longer training?',
     'warped': 'What do a small distortion and blur add?',
     'zoomed': 'What if training images are zoomed?', 'unwarped': 'What if training images are not distorted and blurred?',
     'plain': 'What if the network has no ASPP, another normalisation and no weight decay?', 'every_third': 'What if other slices are held out, every third?',
     'plus3x': 'What does better training add to a longer one?', 'balanced_last3x': 'What if rare classes count more in the stages after a longer training?'}
 
-_AGAINST = {'plus3x': 'joint3x', 'balanced_last3x': 'joint3x', 'no_zoom3x': 'joint3x', 'no_zoom10x': 'joint10x'}   # variants that vary another variant instead of the main recipe
+_AGAINST = {   # variants that vary another variant instead of the main recipe
+    **dict.fromkeys(('plus3x', 'balanced_last3x', 'no_zoom3x', 'wide3x'), 'joint3x'), **dict.fromkeys(('no_zoom10x', 'wide10x'), 'joint10x')}
 
 BETTER = {   # variants that train all methods in another way than the papers
     'plus': 'with better training', 'joint3x': 'with longer training', 'joint10x': 'with a training ten times as long', 'joint33x': 'with a training 33 times as long',
