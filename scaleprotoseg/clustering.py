@@ -71,7 +71,7 @@ def follow_(vectors: Tensor,          # (..., D) unit vectors, moved in place
             sums: Tensor,             # (..., D)
             counts: Tensor,           # (...)
             momentum: float = 0.999):
-    "Move prototypes towards the mean direction of their pixels (prototype view, Eq. 13); without pixels they stay."
+    "Move prototypes towards the mean direction of their pixels (prototype view, Sec. 3); without pixels they stay."
     moved = F.normalize(momentum * vectors + (1 - momentum) * F.normalize(sums, dim=-1), dim=-1)
     vectors.copy_(torch.where((counts > 0)[..., None], moved, vectors))
 

@@ -11,7 +11,7 @@ import operator
 import os
 import struct
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,15 +122,18 @@ class Dataset(Protocol):
     def __getitem__(self, i: int) -> Sample: ...
 
 # %% ../nbs/00_data.ipynb #cell-12
-def read_ahead(ds: Dataset, threads: int = min(8, os.cpu_count() or 1)) -> Iterator[Sample]:
-    "All samples in order, read in advance by `threads`; without threads if `ds.in_memory` says that there is nothing to wait for."
+def read_ahead(ds: Dataset, threads: int = min(8, os.cpu_count() or 1),
+               images: Sequence[int] | None = None,   # indices, in this order; None: all
+              ) -> Iterator[Sample]:
+    "Samples in order, read in advance by `threads`; without threads if `ds.in_memory` says that there is nothing to wait for."
+    images = range(len(ds)) if images is None else images
     if getattr(ds, 'in_memory', False):
-        yield from (ds[i] for i in range(len(ds)))
+        yield from (ds[i] for i in images)
         return
     def read(i):
         (sample := ds[i]).image   # noqa: B018, the threads make the floats too
         return sample
-    pool, order = ThreadPoolExecutor(threads), iter(range(len(ds)))
+    pool, order = ThreadPoolExecutor(threads), iter(images)
     ahead = deque(pool.submit(read, i) for i in islice(order, 2 * threads))
     try:
         while ahead:
@@ -290,7 +293,7 @@ def _read_labels_json(path: Path) -> tuple[Labels, dict[int, int]]:
     if not path.is_file(): raise FileNotFoundError(f'{path} does not exist. Expected in {path.parent}:{_FOLDER_TREE}')
     try:
         d = json.loads(path.read_text(encoding='utf-8-sig'))
-        for key in d: lookup(dict.fromkeys(('names', 'void', 'values', 'colors', 'parts')), key, 'key')
+        for key in d: lookup(dict.fromkeys(('names', 'void', 'values', 'colors')), key, 'key')
         labels, void = Labels.from_dict(d), list(d.get('void', []))
         values = list(d.get('values', range(len(labels))))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -429,8 +432,10 @@ def _check_sample(s: Sample, n_classes: int) -> np.ndarray:
                          f'expected {tuple(x.shape[1:])} torch.int64.')
     if y.min() < Labels.ignore or y.max() >= n_classes:
         raise ValueError(f'sample {s.id!r}: labels {y.min()}..{y.max()}; expected 0..{n_classes - 1}, void -1.')
-    if s.parts is not None and (s.parts.shape != y.shape or s.parts.min() < 0):
-        raise ValueError(f'sample {s.id!r}: part labels must be {tuple(y.shape)} and not negative.')
+    if s.parts is not None and (s.parts.dtype != torch.int64 or s.parts.shape != y.shape or s.parts.min() < 0):
+        raise ValueError(f'sample {s.id!r}: part labels are {tuple(s.parts.shape)} {s.parts.dtype}; expected {tuple(y.shape)} torch.int64, not negative.')
+    if s.depth is not None and (s.depth.dtype != torch.float32 or s.depth.shape != y.shape):
+        raise ValueError(f'sample {s.id!r}: depth is {tuple(s.depth.shape)} {s.depth.dtype}; expected {tuple(y.shape)} torch.float32.')
     return np.roll(torch.bincount(y.flatten() + 1, minlength=n_classes + 1).numpy(), -1)
 
 # %% ../nbs/00_data.ipynb #cell-42

@@ -85,7 +85,7 @@ def stream(model: Model, dataset: Dataset,
           ) -> Iterator[tuple[int, Sample, Output]]:
     "Index, sample and output (a batch of one, on the model's device) of every image, resized as the protocol says."
     images, device = range(len(dataset)) if images is None else list(images), next(model.parameters()).device
-    samples = read_ahead(torch.utils.data.Subset(dataset, images))
+    samples = read_ahead(dataset, images=images)
     model.eval()
     for i, s in zip(images, tqdm(samples, total=len(images), desc=progress, disable=not progress, mininterval=2)):
         with torch.no_grad(): out = model(how.resize(s.image[None].to(device)), want)

@@ -103,10 +103,11 @@ def evidence_weights(model: Model) -> Tensor:  # (C, C, E): to class, from class
 
 # %% ../nbs/13_explain.ipynb #cell-13
 def scale_names(model: Model) -> list[str]:
-    "A short name per scale, with the dilation rate of its branch: 's1 r6'; all rates summed: 's1'."
+    "A short name per scale: with the dilation rate of its branch 's1 r6'; of a level of HRNet or SegFormer, and all scales summed, 's1'."
     aspp = model.backbone.aspp
     if aspp is None or aspp.scales == 1: return ['s1']
-    return [f's{i + 1} r{rate}' for i, rate in enumerate(aspp.rates)]
+    rates = getattr(aspp, 'rates', None)                       # levels have none
+    return [f's{i + 1} r{rates[i]}' if rates else f's{i + 1}' for i in range(aspp.scales)]
 
 def evidence_names(model: Model) -> list[str]:
     "A name for each of the `E` pieces of evidence of any class: 'group 1', or 's1 r6 p1'."

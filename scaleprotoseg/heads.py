@@ -164,7 +164,7 @@ class NearestHead(PrototypeHead):
     def weighed(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
         """What the last layer weighs: at each position the similarity of the nearest prototype of each class, 0 for the others.
 
-        A class without a living prototype has no evidence: nothing shares its constant score."""
+        A class without a living prototype has its constant score, -1, at a dead one, which `evidence` does not count."""
         flat = similarities.masked_fill(~alive[..., None, None], -torch.inf).transpose(1, 2).flatten(2, 3)        # (B, C, S*K, h, w)
         nearest = flat.argmax(2, keepdim=True)
         won = torch.zeros_like(flat).scatter(2, nearest, flat.gather(2, nearest).clamp_min(-1.))

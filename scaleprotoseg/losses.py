@@ -150,7 +150,7 @@ def prototype_contrast(similarities: Tensor,  # (B, S, C, K, h, w), cosines
                        temperature: float = 0.1,
                        count: Tensor | None = None,  # assigned positions of the update that this is a part of; None: of these
                       ) -> Tensor:            # scalar, >= 0; 0 where nothing is assigned
-    "Cross-entropy of the assigned prototype among all living ones (prototype view, pixel-prototype contrast; spec 3.2)."
+    "Cross-entropy of the assigned prototype among all living ones (prototype view, pixel-prototype contrast; its spec 3.2)."
     by_class = similarities.transpose(1, 2).flatten(2, 3)                                      # (B, C, S*K, h, w)
     C, K = by_class.shape[1:3]
     target = torch.where((labels >= 0) & (assigned >= 0), labels * K + assigned, -1)
@@ -159,7 +159,7 @@ def prototype_contrast(similarities: Tensor,  # (B, S, C, K, h, w), cosines
     return total / ((target >= 0).sum() if count is None else count).clamp_min(1)
 
 def prototype_distance(similarities: Tensor, labels: Tensor, assigned: Tensor, count: Tensor | None = None) -> Tensor:  # as above
-    "Mean squared cosine distance to the assigned prototype (prototype view, pixel-prototype distance; spec 3.3)."
+    "Mean squared cosine distance to the assigned prototype (prototype view, pixel-prototype distance; its spec 3.3)."
     values, _ = own_class(similarities, labels)                                                # (S, K, N)
     there = ((labels >= 0) & (assigned >= 0)).flatten()
     own = values.flatten(0, 1).gather(0, assigned.flatten().clamp_min(0)[None])[0]

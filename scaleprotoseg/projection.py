@@ -83,11 +83,13 @@ class Projection:
         value, cell = (x[0].cpu() for x in nearest_own_cell(distances, labels, eligible))
         better = (value < self.distance) & self.alive
         s, c, k = torch.nonzero(better, as_tuple=True)
+        if not len(s): return
         y, x = cell[s, c, k] // grid[-1], cell[s, c, k] % grid[-1]
-        self.vectors[s, c, k] = features[0].cpu()[s, :, y, x].to(self.vectors.dtype)
+        to_s, to_c, to_k, to_y, to_x = (i.to(features.device) for i in (s, c, k, y, x))      # only what is taken over leaves the device
+        self.vectors[s, c, k] = features[0][to_s, :, to_y, to_x].cpu().to(self.vectors.dtype)
         self.distance[better], self.image[better] = value[better].to(self.distance.dtype), image
         self.cell[s, c, k] = torch.stack([y, x], -1)
-        maps = similarities[0].cpu()[s, c, k].half().numpy()
+        maps = similarities[0][to_s, to_c, to_k].half().cpu().numpy()
         self.maps |= {key: m for key, m in zip(zip(s.tolist(), c.tolist(), k.tolist()), maps)}
 
     def merge_(self, other: 'Projection'):
@@ -141,9 +143,11 @@ def cell_box(cell: tuple[int, int],   # row, column
              grid: tuple[int, int],   # h, w
              size: tuple[int, int],   # H, W
             ) -> tuple[int, int, int, int]:
-    "Pixels y0, y1, x0, x1 (half-open) that a grid cell covers in the image."
-    (y, x), (h, w), (H, W) = cell, grid, size
-    return y * H // h, max((y + 1) * H // h, y * H // h + 1), x * W // w, max((x + 1) * W // w, x * W // w + 1)
+    "Pixels y0, y1, x0, x1 (half-open) that a grid cell covers in the image: those that `class_counts` counts for it, at least one."
+    def span(i, n, size):
+        first = -(-i * size // n)                        # rounded up, as pixel p belongs to cell p * n // size
+        return first, max(-(-(i + 1) * size // n), first + 1)
+    return *span(cell[0], grid[0], size[0]), *span(cell[1], grid[1], size[1])
 
 # %% ../nbs/08_projection.ipynb #cell-21
 def activation_box(similarity: np.ndarray,  # (h, w)

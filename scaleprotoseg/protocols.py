@@ -47,7 +47,7 @@ class Augment:
         if not 0 <= self.flip <= 1: raise ValueError(f'flip is a probability, got {self.flip}')
 
     def draw(self, size: tuple[int, int],  # H, W of the image
-             rng: np.random.Generator      # moved on by four draws, whatever they give
+             rng: np.random.Generator
             ) -> Draw:
         "Draw scale, corner and flip for one image."
         factor = rng.uniform(*self.scale)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from .data import Sample
 from .model import Model, Output
-from .prototypes import log_similarity, squared_distances
 from .transforms import reduce_labels
 
 if TYPE_CHECKING:   # matplotlib is slow to import: every plot function does it for itself
@@ -180,11 +179,13 @@ def plot_components(rows: Sequence[Mapping],  # see `Components.table`
 
 # %% ../nbs/09_scales.ipynb #cell-30
 def scale_rates(model: Model) -> tuple[int, ...]:
-    "Dilation rate of every scale; ValueError if the model has no prototypes or only one scale."
+    "Dilation rate of every scale; ValueError if the model has no prototypes, only one scale, or scales that are levels and not rates."
     if model.prototypes is None: raise ValueError('this model is a black box: it has no prototypes to compare across scales')
     if len(model.prototypes.alive) < 2:
         raise ValueError('this model has prototypes of one scale only: quasi-equivariance compares two scales. '
                          'Use a model with one scale per branch of its ASPP, such as scaleprotoseg')
+    if not hasattr(model.backbone.aspp, 'rates'):
+        raise ValueError('scales of this model are levels of its backbone, not dilations: no shrinking makes one of them see what another sees')
     return tuple(model.backbone.aspp.rates)
 
 def shrink_factors(rates: Sequence[int]) -> dict[tuple[int, int], tuple[int, int]]:  # (s1, s2) -> (k1, k2)
@@ -206,7 +207,7 @@ def shrunk_similarities(model: Model,
     for k in factors:
         size = [max(1, round(n / k)) for n in image.shape[-2:]]
         small = image if k == 1 else F.interpolate(image, size, mode='bilinear', align_corners=False, antialias=True)
-        maps[k] = log_similarity(squared_distances(model.features(small), vectors), model.prototypes.epsilon)[0]
+        maps[k] = model.prototypes.compare(model.features(small), vectors)[1][0]
     return maps
 
 def on_one_grid(small: Tensor, large: Tensor) -> tuple[Tensor, Tensor]:  # each (n, K, h, w)

@@ -488,7 +488,7 @@ def _update(job, model, wrapped, parts, step):
             with job.mixed(): outputs = forward(x)
             if whole is None: whole = fabric.all_reduce(update_counts(outputs, torch.cat([y for _, y in parts]), model, train), reduce_op='sum')
             found = _follow(job, model, outputs, labels, (step, i)) if train.momentum else None
-            losses = mean_losses(outputs, labels, model, train, whole, 1 / (len(parts) * job.world), found and found[0], job.class_weights)
+            losses = mean_losses(outputs, labels, model, train, whole, len(x) / (train.batch * train.accumulate), found and found[0], job.class_weights)
             fabric.backward(sum(losses.values()) * job.world)          # over processes, gradients are averaged
         total = {k: total.get(k, 0.) + v.detach() for k, v in losses.items()}
         if found: sums = sums + found[1]

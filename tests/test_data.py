@@ -364,7 +364,7 @@ def test_folder_listing_may_name_sub_folders(tmp_path):
     (dict(void=[1]), 'as many different'),
     (dict(values=[0, -1]), 'whole numbers in 0..65535'), (dict(values=['0', '1']), 'whole numbers'),
     (dict(names=['x', 'x']), 'does not describe classes'), (dict(names=None), 'does not describe classes'),
-    (dict(valus=[1, 0]), "unknown key 'valus'; did you mean 'values'"), (dict(colors=[[300, 0, 0], [0, 0, 0]]), 'three whole numbers in 0..255, got .300'),
+    (dict(valus=[1, 0]), "unknown key 'valus'; did you mean 'values'"), (dict(parts=[[], ['head']]), "unknown key 'parts'"), (dict(colors=[[300, 0, 0], [0, 0, 0]]), 'three whole numbers in 0..255, got .300'),
     (dict(colors=[[1, 2], [0, 0, 0]]), 'three whole numbers'), (dict(colors=[['a', 0, 0], [0, 0, 0]]), 'three whole numbers')])
 def test_folder_with_a_wrong_description(tmp_path, described, message):
     with pytest.raises(ValueError, match=f'labels.json.*{message}'):
@@ -465,7 +465,8 @@ def test_fingerprints_notice_what_changed():
     (dict(image=torch.full((3, 2, 2), float('nan'))), r'expected 0\.\.1'),
     (dict(label=torch.zeros(2, 3, dtype=torch.int64)), 'label is'), (dict(label=torch.zeros(2, 2)), 'int64'),
     (dict(label=torch.full((2, 2), 2)), r'expected 0\.\.1, void -1'), (dict(label=torch.full((2, 2), -2)), 'void -1'),
-    (dict(parts=torch.zeros(2, 3, dtype=torch.int64)), 'part labels')])
+    (dict(parts=torch.zeros(2, 3, dtype=torch.int64)), 'part labels'), (dict(parts=torch.zeros(2, 2, dtype=torch.uint8)), 'part labels .* torch.uint8'),
+    (dict(depth=torch.zeros(7)), r'depth is \(7,\)'), (dict(depth=torch.zeros(2, 2).double()), 'expected .* torch.float32')])
 def test_check_names_the_bad_sample(changed, message):
     with pytest.raises(ValueError, match=f"sample 'bad'.*{message}"):
         check_dataset(Fake(sample('good'), sample('bad', **changed)), progress=False)

@@ -13,6 +13,7 @@ from test_datasets import MINIATURES
 
 from scaleprotoseg import recipes
 from scaleprotoseg.data import rng
+from scaleprotoseg.losses import lovasz
 from scaleprotoseg.model import build_model, load_model
 from scaleprotoseg.predict import load
 from scaleprotoseg.recipes import Train, find_recipe
@@ -160,6 +161,16 @@ def test_processes_together_see_the_images_of_an_update(batch, accumulate, world
         assert sorted(p for parts in seen for part in parts for p in part) == list(range(2 * batch * accumulate, 3 * batch * accumulate))
         assert len({tuple(map(len, parts)) for parts in seen}) == 1                   # all do the same work
         assert max(len(part) for parts in seen for part in parts) <= batch
+
+
+@pytest.mark.parametrize('batch, accumulate, world', [(5, 2, 2), (2, 2, 1), (1, 6, 3)])
+def test_shares_of_passes_add_up_to_the_mean_over_images(batch, accumulate, world):
+    train = Train(1, {}, batch=batch, accumulate=accumulate)
+    parts = [part for rank in range(world) for part in passes(0, train, rank, world)]
+    image = torch.rand(batch * accumulate, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    label = torch.randint(0, 3, (batch * accumulate, 2, 2), generator=torch.Generator().manual_seed(1))
+    added = sum(len(p) / (batch * accumulate) * lovasz(image[list(p)], label[list(p)]) for p in parts)
+    torch.testing.assert_close(added, lovasz(image, label))
 
 
 def test_a_variant_takes_over_the_stages_it_shares(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from scaleprotoseg import scales
 from scaleprotoseg.data import rng
+from scaleprotoseg.explain import scale_names
 from scaleprotoseg.model import build_model
+from scaleprotoseg.prototypes import Prototypes
 from scaleprotoseg.scales import (
     Components,
     Equivariance,
@@ -46,10 +48,10 @@ def random(*shape, key='scales'):
     return torch.from_numpy(rng(key, *shape).random(shape)).float()
 
 
-def tiny(rates=(1, 2), scales_=2, head='linear'):
+def tiny(rates=(1, 2), scales_=2, head='linear', **changed):
     torch.manual_seed(0)
     return build_model(dict(backbone={'name': 'unet', 'width': 4, 'rates': list(rates)}, head=head, activation='sigmoid',
-                            classes=3, scales=scales_, channels=4, per_class=2, groups=2)).eval()
+                            classes=3, scales=scales_, channels=4, per_class=2, groups=2) | changed).eval()
 
 
 def regions_by_loops(mask):
@@ -240,6 +242,13 @@ def test_models_of_one_scale_or_without_prototypes_are_refused():
     with pytest.raises(ValueError, match='rates'): Equivariance(torch.ones(2, 1, 1, dtype=torch.bool), (6, 12, 18))
 
 
+def test_scales_that_are_levels_of_a_backbone_have_names_and_no_rates():
+    model = build_model(dict(backbone=dict(name='hrnet', arch='hrnet_w18_small', scales=4, channels=8), head='linear', activation='sigmoid',
+                             classes=2, scales=4, channels=8, per_class=2))
+    assert scale_names(model) == ['s1', 's2', 's3', 's4'] and scale_names(tiny()) == ['s1 r1', 's2 r2']
+    with pytest.raises(ValueError, match='levels of its backbone'): scale_rates(model)
+
+
 def constructed(q=0.9, images=1, size=64, classes=1):
     "Scale 2, prototype 2 on X sees what scale 1, prototype 1 sees on X/2; all other maps are independent."
     seen = Equivariance(torch.ones(2, classes, 2, dtype=torch.bool), (6, 12), q)
@@ -330,6 +339,12 @@ def test_maps_of_a_model_are_those_of_its_own_output():
     assert torch.allclose(other, own[1, 0, 0], atol=1e-5) and one.shape == other.shape
 
 
+def test_maps_of_cosine_prototypes_are_cosines():
+    model, image = tiny(activation='unit', similarity='cosine'), random(1, 3, 36, 44)
+    with torch.no_grad(): own = model(image, ['similarities']).similarities[0]
+    assert torch.allclose(shrunk_similarities(model, image, (1,), torch.arange(own.shape[1]))[1], own, atol=1e-6) and own.min() < 0
+
+
 def test_measuring_reads_every_image_once_and_skips_void_ones():
     model = tiny()
     samples = [(i, SimpleNamespace(image=random(3, 32, 48, key=f'i{i}'), label=torch.full((32, 48), i - 1))) for i in range(3)]
@@ -338,8 +353,8 @@ def test_measuring_reads_every_image_once_and_skips_void_ones():
 
 
 def test_only_prototypes_of_present_classes_are_compared(monkeypatch):
-    sizes, distances = [], scales.squared_distances
-    monkeypatch.setattr(scales, 'squared_distances', lambda z, p: sizes.append(tuple(p.shape)) or distances(z, p))
+    sizes, compare = [], Prototypes.compare
+    monkeypatch.setattr(Prototypes, 'compare', lambda self, z, p: sizes.append(tuple(p.shape)) or compare(self, z, p))
     label = torch.ones(32, 48, dtype=torch.int64)
     measure_equivariance(tiny(), [(0, SimpleNamespace(image=random(3, 32, 48), label=label))])
     assert sizes == [(2, 1, 2, 4)] * 2

@@ -112,6 +112,16 @@ def test_notebooks_that_are_for_other_data_run_on_the_smoke_size_too(whole, note
     assert list((tmp_path / f'figures/smoke/{notebook.paper}').glob(f'{notebook.name}*.*'))
 
 
+def test_where_nothing_has_failed_the_weakest_places_are_explained(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(whole)
+    run_notebook('nbs/paper/scaleprotoseg/failure_cases.ipynb', tmp_path / 'x.ipynb',
+                 {'experiment': 'smoke', 'out': str(tmp_path / 'figures'), 'threshold': 0., 'min_pixels': 1, 'weakest': 2})
+    table = pd.read_csv(tmp_path / 'figures/smoke/scaleprotoseg/failure_cases.csv')
+    every = pd.read_csv(whole / 'figures/smoke/scaleprotoseg/failure_cases.csv')
+    caption = (tmp_path / 'figures/smoke/scaleprotoseg/failure_cases.md').read_text().splitlines()[0]
+    assert 'lowest IoU (none is below 0)' in caption and len(table) >= 1 and table.IoU.max() <= every.IoU.max()
+
+
 WITHOUT_JUPYTER = '''
 import sys
 class Absent:
