@@ -12,6 +12,8 @@ DEVICE = config.get("device", "auto")
 PRECISION = config.get("precision", "32-true")
 GPU = 0 if DEVICE == "cpu" else 1
 RECIPES = {r.name.split("/")[1]: r for r in recipes_of(EXPERIMENT)}
+TIMED = ("scaleprotoseg/table_10", "families/overview")   # they measure speed
+ONLY_CPU = "CUDA_VISIBLE_DEVICES=-1 " if DEVICE == "cpu" else ""
 PAPERS = [f"{paper}/{name}" for paper, name in paper_notebooks(EXPERIMENT)]
 
 
@@ -91,6 +93,7 @@ rule read:
         notebook="nbs/paper/{paper}.ipynb",
     output:
         f"figures/{EXPERIMENT}/{{paper}}.ipynb",
+    threads: lambda w: workflow.cores if w.paper in TIMED else 1
     resources:
         gpu=GPU,   # some measure trained models on all validation images
         mem_mb=8_000,
@@ -98,7 +101,7 @@ rule read:
         known=known_parameters,
     shell:
         # as many threads as Snakemake counts: notebooks run side by side
-        "OMP_NUM_THREADS={threads} scaleprotoseg notebook {input.notebook} {output} -p experiment={EXPERIMENT} {params.known}"
+        "{ONLY_CPU}OMP_NUM_THREADS={threads} scaleprotoseg notebook {input.notebook} {output} -p experiment={EXPERIMENT} {params.known}"
 
 
 rule report:

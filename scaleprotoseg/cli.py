@@ -14,6 +14,7 @@ import json
 import os
 import runpy
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Annotated
 import typer
 
 from . import recipes
-from .basics import Interrupted, lookup
+from .basics import Interrupted, from_root, lookup
 
 # %% ../nbs/16_cli.ipynb #cell-05
 app = typer.Typer(name='scaleprotoseg', help='Interpretable semantic segmentation with prototypes.', no_args_is_help=True,
@@ -41,7 +42,6 @@ def main():
     except Interrupted as e:
         from scaleprotoseg.training import speaks      # slow to import
         _end(e, 3) if speaks() else sys.exit()         # of several processes one says how it ended
-    except KeyboardInterrupt: _end('asked twice; what was saved last is continued by the same command', 3)
     except ModuleNotFoundError as e: _end(f'{e.name} is not installed{_extra_of(e.name)}', 2)
     except (KeyError, ValueError, OSError, ImportError) as e: _end(e, 2)
 
@@ -167,7 +167,7 @@ def _trained(run, split, dataset, data_root, device, window, best):
     from scaleprotoseg.predict import load
     from scaleprotoseg import training  # noqa: F401, makes the datasets known
     predictor = load(run, device=device, best=best)
-    recipe = recipes.RECIPES.get(read_config(predictor.folder).get('recipe', ''))
+    recipe = recipes.named_recipe(read_config(predictor.folder).get('recipe', ''))
     if not dataset and recipe is None: raise ValueError(f'{predictor.folder} was not made by a known recipe; say --recipes FILE before the command, or name a --dataset')
     options = {**recipe.data.splits['val'], 'split': split} if not dataset else {'split': split}
     data = open_dataset(dataset or recipe.data.dataset, root=data_root, **options)
@@ -261,13 +261,15 @@ def notebook(source: Path, target: Path,
              parameter: Annotated[list[str], typer.Option('-p', help='name=value, value as JSON or plain text.')] = []):  # noqa: B006
     "Run a parameterised notebook; unknown parameters and wrong types are errors."
     from scaleprotoseg.notebooks import check_parameters, notebook_parameters, run_notebook
-    from scaleprotoseg.report import check_there
+    from scaleprotoseg.report import check_there, without_leftovers
     given = dict(_parameter(p) for p in parameter)
     try:
         check_parameters(source, given)
         told = {k: v['default'].strip('\'"') for k, v in notebook_parameters(source).items()} | given
-        if {'experiment', 'runs', 'out'} <= told.keys(): check_there(told['experiment'], told['runs'], told.get('recorded', ''))
-        run_notebook(source, target, given)
+        saves = {'experiment', 'runs', 'out'} <= told.keys()
+        if saves: check_there(told['experiment'], told['runs'], told.get('recorded', ''))
+        folder = from_root(told['out']) / told['experiment'] / source.resolve().parent.name if saves else None
+        with without_leftovers(folder, source.stem) if folder else nullcontext(): run_notebook(source, target, given)
     except TypeError as e: raise ValueError(str(e)) from e      # a parameter of a wrong type
 
 def _parameter(text):
@@ -328,13 +330,15 @@ def record(experiment: str, runs: Out = Path('runs'), recorded: Records = Path('
 def reproduce(experiment: str = 'demo', cores: int = 0, data_root: DataRoot = None, device: Device = 'auto', precision: Precision = '32-true',
               target: Annotated[str, typer.Option(help='Rule or file to run up to: all, trained (only the training jobs), or the marker of one training.')] = 'all'):
     "Train all methods of an experiment, run its notebooks and write its report; safe to interrupt and call again."
+    from scaleprotoseg.model import pick_device
     from scaleprotoseg.runs import locked
     if not find_spec('snakemake'): raise ModuleNotFoundError(name='snakemake')
     if not Path('Snakefile').is_file(): raise FileNotFoundError('no Snakefile here; run this in a checkout of scaleprotoseg')
     lookup({e: e for e in recipes.experiments()}, experiment, 'experiment')
     config = [f'experiment={experiment}', f'device={device}', f'precision={precision}', f'data_root={data_root or ""}']
     base = [sys.executable, '-m', 'snakemake', '--cores', str(cores or 'all'), '--config', *config]
-    go = ['--rerun-incomplete', '--rerun-triggers', 'mtime', '--nolock', '--printshellcmds', target]
+    shared = ['--resources', 'gpu=1'] if pick_device(device).type != 'cpu' else []      # one job at a time has the accelerator
+    go = [*shared, '--rerun-incomplete', '--rerun-triggers', 'mtime', '--nolock', '--printshellcmds', target]
     with locked(Path('runs')) as lock:
         os.environ['PATH'] = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'   # jobs run this installation
         os.set_inheritable(lock.fileno(), True)      # Snakemake takes this process over, and the lock with it

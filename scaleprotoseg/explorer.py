@@ -26,11 +26,11 @@ from .basics import lookup
 from .data import Dataset, Labels, open_dataset
 from .explain import (as_picture, evidence_kind, evidence_names, overlay, plot_segmentation, read_atlas,
                                    scale_names, value_range)
+from .failures import cell_weights
 from .model import Model, Output, read_config
-from .predict import (Explanation, Predictor, as_region, cell_weights, explain_region, last_stage, load,
-                                   resolve_run)
+from .predict import Explanation, Predictor, as_region, explain_region, last_stage, load, resolve_run
 from .projection import Source
-from .recipes import RECIPES
+from .recipes import RECIPES, named_recipe
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -216,7 +216,8 @@ def validation_images(folder: str | Path,         # of a stage
     """The images that the recipe of a trained stage validates on.
 
     Raises `UnknownName` if the recipe is not registered, and what the dataset raises if its files are not there."""
-    data = lookup(RECIPES, read_config(Path(folder)).get('recipe', ''), 'recipe').data
+    name = read_config(Path(folder)).get('recipe', '')
+    data = (named_recipe(name) or lookup(RECIPES, name, 'recipe')).data
     return open_dataset(data.dataset, root=root or None, **data.splits['val'])
 
 # %% ../nbs/14_explorer.ipynb #cell-23

@@ -22,18 +22,19 @@ from .data import Labels, image_to_tensor, read_image
 from .evaluation import segment
 from .explain import (Atlas, as_picture, evidence_kind, evidence_maps, evidence_names,
                                    evidence_weights, overlay, read_atlas, scale_names, weighed_maps)
+from .failures import cell_weights
 from .model import Model, Output, load_model, pick_device, read_config
 from .projection import Source
 from .protocols import Evaluation
-from .recipes import RECIPES
+from .recipes import named_recipe
 from .runs import is_finished
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['resolve_run', 'last_stage', 'to_image', 'cell_weights', 'as_region', 'Part', 'Evidence', 'Explanation', 'Predictor',
-           'explain_region', 'load', 'plot_explanation']
+__all__ = ['resolve_run', 'last_stage', 'to_image', 'as_region', 'Part', 'Evidence', 'Explanation', 'Predictor', 'explain_region',
+           'load', 'plot_explanation']
 
 # %% ../nbs/14_predict.ipynb #cell-07
 def resolve_run(path: str | Path) -> Path:
@@ -62,7 +63,7 @@ def last_stage(folder: str | Path) -> Path:
         raise FileNotFoundError(f'{folder} is not finished (no metrics.json); run the same command again, it continues')
     finished = {p.name: p for p in _stages(folder) if is_finished(p)}
     if finished:
-        recipe = RECIPES.get(read_config(next(iter(finished.values()))).get('recipe', ''))
+        recipe = named_recipe(read_config(next(iter(finished.values()))).get('recipe', ''))
         line = [s.name for s in recipe.ancestry(recipe.last.name)] if recipe else []
         return finished[([name for name in line if name in finished] or list(finished))[-1]]
     if _stages(folder):
@@ -97,16 +98,6 @@ def _unit(x: Tensor) -> Tensor:
     if x.numel() and not (x.min() >= 0 and x.max() <= 1):                        # NaN fails as well
         raise ValueError(f'floats must lie in [0, 1], got {x.min():g}..{x.max():g}; divide by the largest possible one')
     return x.float().contiguous()
-
-# %% ../nbs/14_predict.ipynb #cell-15
-def cell_weights(region: np.ndarray,     # (H, W) bool, at least one pixel
-                 grid: tuple[int, int],  # h, w
-                ) -> Tensor:             # (h, w) float32, >= 0, sum 1
-    "How much each grid cell counts in the mean of an enlarged map over a region."
-    cells = torch.zeros(1, 1, *grid, requires_grad=True)
-    with torch.enable_grad():
-        enlarged = F.interpolate(cells, region.shape, mode='bilinear', align_corners=False)[0, 0]
-        return torch.autograd.grad(enlarged[torch.from_numpy(region)].mean(), cells)[0][0, 0]
 
 # %% ../nbs/14_predict.ipynb #cell-16
 def as_region(at: Sequence[int] | np.ndarray | Tensor,  # (row, column), or a mask (H, W) of bool

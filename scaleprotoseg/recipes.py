@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'IN_SUPPLEMENT', 'STEPS', 'unzoomed', 'WEIGHTS', 'quick', 'Train',
            'Stage', 'Data', 'chosen', 'Recipe', 'blackbox', 'projected', 'protoseg', 'scaleprotoseg', 'prototype_view',
-           'changed', 'in_stage', 'veto_name', 'read_veto', 'vetoed', 'add_recipes', 'find_recipe', 'experiments',
-           'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split', 'em_supplement', 'no_zoom', 'warped',
-           'plain_unet', 'every_third', 'pretrained_recipes', 'published_data', 'legacy', 'taus', 'coco_weights',
-           'longer', 'wide', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last', 'after_projection',
-           'balanced_last', 'fixed_last', 'small_ablations', 'from_supplement', 'group_ablations', 'apart',
-           'view_recipes', 'adamw', 'camvid', 'once']
+           'changed', 'in_stage', 'veto_name', 'read_veto', 'vetoed', 'add_recipes', 'find_recipe', 'named_recipe',
+           'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split', 'em_supplement', 'no_zoom',
+           'warped', 'plain_unet', 'every_third', 'pretrained_recipes', 'published_data', 'legacy', 'taus',
+           'coco_weights', 'longer', 'wide', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last',
+           'after_projection', 'balanced_last', 'fixed_last', 'small_ablations', 'from_supplement', 'group_ablations',
+           'apart', 'view_recipes', 'adamw', 'camvid', 'once']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -303,6 +303,12 @@ def find_recipe(experiment: str, method: str, variant: str = '') -> Recipe:
     if vetoes := read_veto(variant): return vetoed(find_recipe(experiment, method), vetoes)     # its name says everything
     return lookup({r.name.split('/')[1]: r for r in methods}, method + (f'-{variant}' if variant else ''),
                   f'method of experiment {experiment!r}')
+
+def named_recipe(name: str) -> Recipe | None:
+    "The recipe of a name that a run keeps, a person's veto included; None if it is not known here."
+    veto = re.fullmatch(r'([^/]+)/(.+?)-(veto-.+)', name)
+    if name in RECIPES or not veto or f'{veto[1]}/{veto[2]}' not in RECIPES or not read_veto(veto[3]): return RECIPES.get(name)
+    return find_recipe(*veto.groups())
 
 def experiments() -> list[str]:
     "Names of all experiments, in the order in which they were added."

@@ -185,7 +185,7 @@ def record(runs: str | Path, experiment: str, recorded: str | Path = RECORDED) -
 def _not_traceable(f: Finished) -> str:
     "Why nobody could make a result again; '' if one could."
     commits = [x.get('commit') or 'unknown' for x in (f.facts, f.facts.get('held_out', f.facts))]
-    if wrong := [c for c in commits if not re.fullmatch('[0-9a-f]+', c)]: return f'was made by code that is in no commit ({wrong[0]})'
+    if wrong := [c for each in commits for c in each.split('; then ') if not re.fullmatch('[0-9a-f]+', c)]: return f'was made by code that is in no commit ({wrong[0]})'
     return '' if f.facts.get('recipe') == f.recipe.digest(f.stage) else 'does not say which recipe made it'
 
 def _same(a: Finished, b: Finished) -> bool:

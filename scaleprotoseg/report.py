@@ -11,6 +11,7 @@ import re
 import statistics
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -41,9 +42,9 @@ __all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BE
            'other_draws', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case', 'size_cases',
            'diversity_cases', 'threshold_cases', 'weight_cases', 'length_cases', 'entropy_cases', 'plot_lengths',
            'ablation_table', 'Claim', 'claims', 'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure',
-           'distinct', 'provenance_text', 'duration', 'used_runs', 'last_runs', 'methods_again', 'claims_again',
-           'save_again', 'Run', 'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title',
-           'write_contents', 'build_report', 'check_there', 'save_results', 'pack_results']
+           'distinct', 'provenance_text', 'duration', 'used_runs', 'methods_again', 'claims_again', 'save_again', 'Run',
+           'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title', 'write_contents',
+           'build_report', 'check_there', 'without_leftovers', 'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-11
 def published(name: str,                              # e.g. scaleprotoseg_table_01
@@ -374,9 +375,9 @@ def claims(experiment: str) -> list[Claim]:
     if box is None: return []      # somebody's own experiment, with nothing to compare with
     if grouped and not is_ablation(experiment):
         found = [Claim('What does interpretability cost?', case(grouped), case(box)),
-                 Claim('What do groups cost?', case(grouped), case(grouped, 'finetune')),
-                 Claim('Do several scales help, without groups and pruning?', case(grouped, 'finetune'), case(proto, 'finetune')),
-                 Claim('Do several scales and groups help?', case(grouped), case(proto))]
+                 Claim('What do groups cost?', case(grouped), case(grouped, 'finetune'))]
+        if proto: found += [Claim('Do several scales help, without groups and pruning?', case(grouped, 'finetune'), case(proto, 'finetune')),
+                            Claim('Do several scales and groups help?', case(grouped), case(proto))]
     elif proto and not is_ablation(experiment):
         found = [Claim('What does interpretability cost?', case(proto), case(box)),
                  Claim('What does pruning cost?', case(proto), case(proto, 'finetune'))]
@@ -393,7 +394,7 @@ def claims(experiment: str) -> list[Claim]:
                   Claim(f'Do several scales and groups help {when}?', this, case(other['protoseg']))]
     for r in known_recipes(experiment):
         if r.variant in _LAST: found.append(Claim(f'What do groups cost {_LAST[r.variant]}?', case(r), case(r, 'finetune')))
-    for r in known_recipes(experiment):
+    for r in (r for r in known_recipes(experiment) if r.method in main):
         k = re.fullmatch(r'k(\d+)', r.variant)
         number = k and ('Is 1 prototype' if k[1] == '1' else f'Are {k[1]} prototypes')
         if ask := f'{number} per class{" and scale" * (r.model["scales"] > 1)} enough?' if k else _QUESTIONS.get(r.variant) or _plain_question(r, main):
@@ -403,7 +404,7 @@ def claims(experiment: str) -> list[Claim]:
 
 def _plain_question(r: Recipe, main: Mapping[str, Recipe]) -> str:
     "For an ablation that has no question of its own, a user's perhaps, and does not end as the main recipe does."
-    other = r.method in main and r.digest(r.reported.name) != main[r.method].digest(main[r.method].reported.name)
+    other = r.digest(r.reported.name) != main[r.method].digest(main[r.method].reported.name)
     return f'What does {r.variant} change?' if is_ablation(r.experiment) and other else ''
 
 def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
@@ -502,7 +503,7 @@ def provenance_text(frame: pd.DataFrame) -> str:
     if not len(frame): return 'No finished run.'
     frame = distinct(frame)
     def values(column): return sorted({str(v) for v in frame[column].dropna()})
-    commits = [c[:10] + ('-dirty' if c.endswith('-dirty') else '') for c in values('commit')]
+    commits = [c[:10] + '-dirty' * c.endswith('-dirty') for each in values('commit') for c in each.split('; then ')]    # of several sessions
     dates, kept = values('finished'), int(frame.recorded.eq(True).sum())
     parts = [f'seed{"s" * (frame.seed.nunique() > 1)} {", ".join(values("seed"))}', *values('data'), *values('device')]
     parts += [_few('commit', list(dict.fromkeys(commits))), _few('recipe', values('recipe'))]
@@ -526,11 +527,6 @@ def used_runs(frame: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     "The rows of `collect` behind a table with columns method, variant and stage."
     keys = set(zip(table.method, table.variant, table.stage))
     return frame[[key in keys for key in zip(frame.method, frame.variant, frame.stage)]]
-
-def last_runs(frame: pd.DataFrame, recipes: Iterable[Recipe], seed: int) -> pd.DataFrame:
-    "The rows of `collect` of the last stages of some recipes and one seed."
-    keys = {(r.method, r.variant, r.last.name, seed) for r in recipes}
-    return frame[[key in keys for key in zip(frame.method, frame.variant, frame.stage, frame.seed)]]
 
 # %% ../nbs/15_report.ipynb #cell-again-1
 def methods_again(table: pd.DataFrame,   # of `verify`
@@ -876,6 +872,18 @@ def check_there(experiment: str, runs: str | Path, recorded: str | Path = ''):
     also = f', nor in {recorded}' if recorded else f'; train it, or let recorded runs stand in ({RECORDED}), where scores are all that is asked for'
     raise FileNotFoundError(f'no finished run of {experiment} in {runs}{also}')
 
+@contextmanager
+def without_leftovers(folder: Path, name: str):
+    """While the notebook `name` saves its results in `folder`; if it succeeds, what an earlier run of it left there and this one did not write again is
+    deleted, so that old pictures do not stand beside new tables."""
+    kinds = ('.csv', '.md', '.tex', '.png', '.pdf')
+    def there(): return {(p, s.st_ino, s.st_mtime_ns) for p in folder.glob(f'{name}*') if p.suffix in kinds and _belongs(p, name) for s in [p.stat()]}
+    before = there()
+    yield
+    old = sorted(p for p, *_ in before & there())
+    for p in old: p.unlink()
+    if old: print(f'{folder}: {len(old)} files of an earlier run of {name} removed: {", ".join(p.name for p in old[:3])}{", …" * (len(old) > 3)}')
+
 def save_results(experiment: str, runs: str | Path = 'runs', figures: str | Path = 'figures', data_root: str | Path | None = None,
                  recorded: str | Path = '',   # as for `finished`: for the notebooks that read scores alone
                 ) -> Path:
@@ -891,7 +899,9 @@ def save_results(experiment: str, runs: str | Path = 'runs', figures: str | Path
         source = _source(paper, name)
         if not source.is_file(): raise FileNotFoundError(f'there is no notebook {source}; run this in a checkout of the repository')
         taken = ''.join(line for c in _read_notebook(source)['cells'] if 'parameters' in c['metadata'].get('tags', ()) for line in c['source'])
-        try: run_cells(source, known | {k: v for k, v in asked.items() if f'{k}:' in taken})
+        try:
+            with without_leftovers(from_root(figures) / experiment / paper, name):
+                run_cells(source, known | {k: v for k, v in asked.items() if f'{k}:' in taken})
         except NotebookFailed as e: failed.append(str(e))
         plt.close('all')
     if failed: raise NotebookFailed(f'{len(failed)} of {len(paper_notebooks(experiment))} notebooks failed:\n' + '\n'.join(failed))

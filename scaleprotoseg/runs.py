@@ -122,8 +122,11 @@ class Log:
     def close(self): self.file.close()
 
 # %% ../nbs/11_runs.ipynb #cell-18
+@cache
 def commit() -> str:
-    "Git commit of the installed source, with `-dirty` if tracked files differ; 'unknown' outside a checkout."
+    """Git commit of the installed source, with `-dirty` if tracked files differ; 'unknown' outside a checkout.
+
+    Asked once per process, when its first stage begins: what is committed or edited later is not what runs."""
     git = ['git', '-C', str(Path(__file__).parent if '__file__' in globals() else Path.cwd())]
     try:
         if '__file__' in globals():      # a wheel in somebody else's checkout has no commit
@@ -148,13 +151,13 @@ def processor() -> str:
     return ' '.join([facts.get('model name') or platform.processor() or platform.machine(), *number, torch.backends.cpu.get_cpu_capability()])
 
 def provenance(recipe: Recipe, seed: int, stage: str, data: dict,
-               sessions: list[dict],   # one per uninterrupted piece of work, each with device, precision and seconds
+               sessions: list[dict],   # one per uninterrupted piece of work, each with device, precision, commit and seconds
               ) -> dict:
     "What made a result: enough to make it again, and nothing private (no user, host or absolute path)."
     flags = f'--variant {recipe.variant} ' if recipe.variant else ''
-    joined = {k: '; then '.join(dict.fromkeys(s[k] for s in sessions)) for k in ('device', 'precision')}
+    joined = {k: '; then '.join(dict.fromkeys(s.get(k, 'unknown') for s in sessions)) for k in ('commit', 'device', 'precision')}
     return {'command': f'scaleprotoseg run {recipe.experiment} {shlex.quote(recipe.method)} {flags}--stage {stage} --seed {seed}',
-            'commit': commit(), 'recipe': recipe.digest(stage), 'seed': seed, 'data': data, **joined,
+            'commit': joined.pop('commit'), 'recipe': recipe.digest(stage), 'seed': seed, 'data': data, **joined,
             'versions': {'python': platform.python_version(), **{p: version(p) for p in ('scaleprotoseg', 'torch', 'torchvision', 'numpy')}},
             'finished': datetime.now(timezone.utc).isoformat(timespec='seconds'),
             'sessions': len(sessions), 'seconds': round(sum(s['seconds'] for s in sessions), 1)}

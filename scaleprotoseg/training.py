@@ -8,8 +8,9 @@ __all__ = ['OPTIMIZERS', 'SAVE_SECONDS', 'COLLAPSED', 'READ_EVERY', 'KINDS', 'PR
            'followed_sums', 'parameter_groups', 'make_optimizer', 'set_learning_rate', 'Job', 'model_config',
            'initial_backbone', 'start_model', 'FrozenViews', 'frozen_since', 'train_stage', 'project_stage',
            'prune_stage', 'threshold_stage', 'veto_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data',
-           'check_split', 'check_labelled', 'check_same_data', 'check_parent', 'check_recipe', 'stopping', 'processes',
-           'make_fabric', 'speaks', 'check_division', 'run_stage', 'find_equal', 'adopt', 'run_method']
+           'check_split', 'check_labelled', 'check_same_data', 'check_parent', 'check_before_veto', 'check_recipe',
+           'stopping', 'processes', 'make_fabric', 'speaks', 'check_division', 'run_stage', 'find_equal', 'adopt',
+           'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
 import atexit
@@ -48,7 +49,7 @@ from .model import Model, Output, build_model, load_model, load_weights, pick_de
 from .projection import Projection, save_sheet, touched, trace
 from .pruning import NearestPatches
 from .recipes import Data, Recipe, Stage, Train, find_recipe
-from .runs import Log, check_space, device_name, is_finished, link, load_resume, locked, provenance, run_folder, save_resume
+from .runs import Log, check_space, commit, device_name, is_finished, link, load_resume, locked, provenance, run_folder, save_resume
 from .transforms import augment, reduce_labels
 
 # %% ../nbs/12_training.ipynb #cell-05
@@ -305,7 +306,7 @@ class Job:
     def session(self, seconds: float) -> dict:
         "What provenance keeps of an uninterrupted piece of work."
         name = device_name(self.fabric.device)
-        return {'device': f'{self.world} x {name}' if self.world > 1 else name, 'precision': self.precision, 'seconds': seconds}
+        return {'device': f'{self.world} x {name}' if self.world > 1 else name, 'precision': self.precision, 'commit': commit(), 'seconds': seconds}
 
 @lru_cache(maxsize=4)
 def _decoded(facts: str, root: Path | None, state: str):
@@ -643,14 +644,15 @@ def check_split(job: Job, role: str) -> dict:
         record.parent.mkdir(parents=True, exist_ok=True)
         write_json(record, check_dataset(dataset, progress=len(dataset) > 500))
     found = read_json(record)
-    if role == 'train' and not job.parent: check_labelled(found, f'the {role} split of {job.recipe.name}')
+    if role in ('train', 'val') and not job.parent: check_labelled(found, f'the {role} split of {job.recipe.name}', warn=role == 'train')
     return found
 
-def check_labelled(found: dict, what: str):  # of `check_dataset`
-    "ValueError if all is void; a warning that names classes without a pixel."
+def check_labelled(found: dict,   # of `check_dataset`
+                   what: str, warn: bool = True):
+    "ValueError if all is void; and if asked for, a warning that names classes without a pixel."
     never = [name for name, n in found['class_pixels'].items() if not n]
     if len(never) == len(found['class_pixels']): raise ValueError(f'{what} has no labelled pixel: all of its {found["images"]} label maps are void')
-    if never: warnings.warn(f'{what} never shows {", ".join(never)}', stacklevel=2)
+    if never and warn: warnings.warn(f'{what} never shows {", ".join(never)}', stacklevel=2)
 
 def check_same_data(job: Job, data: dict):  # of `check_data`
     "ValueError if the stage that this one starts from was made of other images in the same splits: files were changed since, or it is another data root."
@@ -675,6 +677,17 @@ def check_parent(job: Job):
     if job.judge:
         judged = job.recipe.judged()
         check_recipe(job.judge, judged, judged.last.name)
+
+def check_before_veto(job: Job, data: dict):  # of `check_data`
+    """ValueError if a veto is to come whose prototypes are those of the main variant, and this stage of it is there but not the same: trained again,
+    the same numbers would name other prototypes."""
+    later = [s for s in job.recipe.stages if s.kind == 'veto' and job.stage.name in {x.name for x in job.recipe.ancestry(s.parent)}]
+    main = run_folder(job.out, find_recipe(job.recipe.experiment, job.recipe.method), job.seed, job.stage.name)
+    if not later or not is_finished(main): return
+    made, now = read_json(main / 'provenance.json'), {**job.session(0), 'data': data}
+    apart = ', '.join(f'{k} {now[k]}, there {made.get(k)}' for k in ('device', 'precision', 'data') if made.get(k) != now[k])
+    raise ValueError(f'{job.recipe.name} removes prototypes of {main.parent}, so {job.stage.name} is not trained again, and that one cannot be taken over: '
+                     f'{apart or "it was made by another recipe"}')
 
 def check_recipe(folder: Path, recipe: Recipe, stage: str):
     "A finished or half-done folder of another recipe is neither reused nor overwritten."
@@ -828,6 +841,7 @@ def _run(job: Job):
     check_same_data(job, data)
     job.images = data
     if source := job.first(find_equal, job, data): return adopt(job, source) if job.writes else None
+    job.first(check_before_veto, job, data)
     if job.writes:
         check_space(job.folder, 8 * sum(t.numel() * t.element_size() for t in model.state_dict().values()) + 10_000_000)
         write_json(job.folder / 'recipe.json', job.recipe.digest(job.stage.name))

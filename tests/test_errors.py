@@ -188,6 +188,9 @@ def test_images_without_a_label_cannot_be_trained_on_and_a_class_without_a_pixel
     write, options = mine
     write(left=255)
     with pytest.raises(ValueError, match='train split of mine/pretrain has no labelled pixel'): run_stage('mine', 'pretrain', 'joint', **options)
+    write()
+    for path in (options['data_root'] / 'labels/val').glob('*.png'): Image.fromarray(np.full((64, 96), 255, np.uint8)).save(path)
+    with pytest.raises(ValueError, match='val split of mine/pretrain has no labelled pixel'): run_stage('mine', 'pretrain', 'joint', **options)
     write(names=['a', 'b', 'rare'])
     with pytest.warns(UserWarning, match='train split of mine/pretrain never shows rare'): run_stage('mine', 'pretrain', 'joint', **options)
 

@@ -16,8 +16,9 @@ from PIL import Image
 
 from saved import DATA, write_stage
 
+from scaleprotoseg.failures import cell_weights
 from scaleprotoseg.model import Model
-from scaleprotoseg.predict import as_region, cell_weights, last_stage, load, resolve_run, to_image
+from scaleprotoseg.predict import as_region, last_stage, load, resolve_run, to_image
 
 matplotlib.use('Agg')
 

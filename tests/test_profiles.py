@@ -76,6 +76,12 @@ def test_on_one_machine_a_training_has_all_cores_and_no_limit(tmp_path):
         assert threads == 64 and resources['gpu'] == '0' and 'runtime' not in resources and '--max-minutes' not in command
 
 
+def test_notebooks_that_measure_speed_have_the_machine_for_themselves(tmp_path):
+    readings = {w['paper']: (threads, command) for rule, w, threads, _, command in dry_run(tmp_path, 'smoke', device='cpu') if rule == 'read'}
+    assert {p for p, (threads, _) in readings.items() if threads == 64} == {'scaleprotoseg/table_10', 'families/overview'}
+    assert all(threads in (1, 64) and 'CUDA_VISIBLE_DEVICES=-1 OMP_NUM_THREADS' in command for threads, command in readings.values())
+
+
 @pytest.fixture
 def cluster(tmp_path):
     """Environment whose commands are the stand-ins; they note what they were asked for in `notes`."""

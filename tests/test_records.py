@@ -318,3 +318,18 @@ def test_records_are_of_todays_recipes_and_can_be_traced(path):
 def test_there_are_records():
     assert {'demo', 'em-quick', 'camvid-quick'} <= {p.stem for p in RECORDED}
     assert len(finished('nowhere', 'demo', recorded=ROOT / 'data/recorded')) > 20
+
+
+def test_a_result_of_several_commits_is_recorded_if_each_is_known(tmp_path):
+    folder = change_run(finish(tmp_path / 'runs', 'demo', 'protoseg', 'finetune', 0, .6), commit='c0ffee; then badca5e')
+    assert record(tmp_path / 'runs', 'demo', tmp_path / 'recorded') == ['protoseg/seed0/finetune']
+    assert 'commits badca5e, c0ffee' in provenance_text(collect(tmp_path / 'runs', 'demo')).replace('c0ffee, badca5e', 'badca5e, c0ffee')
+    change(folder, commit='c0ffee; then unknown')
+    with pytest.raises(ValueError, match='in no commit .unknown.'): record(tmp_path / 'runs', 'demo', tmp_path / 'others')
+
+
+def test_an_experiment_without_protoseg_has_claims_too(monkeypatch):
+    monkeypatch.setattr(recipes, 'RECIPES', dict(recipes.RECIPES))
+    recipes.add_recipes(*(replace(find_recipe('em-quick', m), experiment='own') for m in ('unet', 'scaleprotoseg')),
+                        replace(changed(find_recipe('em-quick', 'protoseg'), 'legacy', legacy_labels=True), experiment='own'))
+    assert [c.question for c in claims('own')] == ['What does interpretability cost?', 'What do groups cost?']

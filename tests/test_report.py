@@ -443,3 +443,15 @@ def test_report_without_runs_says_which_command_makes_them(tmp_path):
     with pytest.raises(FileNotFoundError, match='scaleprotoseg reproduce --experiment demo'):
         build_report('demo', tmp_path, tmp_path / 'runs', PUBLISHED)
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_an_earlier_run_do_not_stand_beside_new_tables(tmp_path, capsys):
+    def save(*names):
+        for name in names: save_figure(Figure(), tmp_path / name)
+    save('figure_04_a', 'figure_04_b', 'figure_041')
+    (tmp_path / 'figure_04.ipynb').write_text('{}')
+    with report.without_leftovers(tmp_path, 'figure_04'): save('figure_04_b', 'figure_04_c')
+    assert 'figure_04_a' in capsys.readouterr().out
+    assert {p.name for p in tmp_path.glob('*.png')} == {'figure_04_b.png', 'figure_04_c.png', 'figure_041.png'} and (tmp_path / 'figure_04.ipynb').is_file()
+    with pytest.raises(RuntimeError), report.without_leftovers(tmp_path, 'figure_04'): raise RuntimeError('failed')
+    assert (tmp_path / 'figure_04_c.pdf').is_file()                                    # nothing is lost by a failure

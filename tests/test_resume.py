@@ -101,6 +101,19 @@ def test_killed_and_run_again_is_the_same_run(fault, pretrained, uninterrupted, 
     assert pieces['sessions'] == (1 if fault == 'between stages' else 2) and pieces['precision'] == '32-true' and pieces['seconds'] > 0
 
 
+def test_the_commit_is_that_of_the_code_that_ran(monkeypatch, tmp_path):
+    from scaleprotoseg import runs
+    from scaleprotoseg.recipes import find_recipe
+    sessions = [{'device': 'cpu', 'precision': '32-true', 'commit': c, 'seconds': 1.} for c in ('a1', 'a1', 'b2')]
+    made = runs.provenance(find_recipe('smoke', 'pretrain'), 0, 'joint', {}, sessions)
+    assert made['commit'] == 'a1; then b2' and made['device'] == 'cpu' and made['sessions'] == 3
+    assert runs.provenance(find_recipe('smoke', 'pretrain'), 0, 'joint', {}, [{k: v for k, v in sessions[0].items() if k != 'commit'}])['commit'] == 'unknown'
+    runs.commit.cache_clear()
+    first = runs.commit()
+    monkeypatch.setattr(runs.subprocess, 'run', lambda *a, **k: pytest.fail('asked again'))
+    assert runs.commit() == first
+
+
 def test_best_weights_are_those_of_the_best_validation(uninterrupted):
     from scaleprotoseg.metrics import mean_iou
     from scaleprotoseg.model import load_model

@@ -14,7 +14,8 @@ from scaleprotoseg import recipes, training
 from scaleprotoseg.data import open_dataset, rng
 from scaleprotoseg.failures import BlameCount, count_blame, drawn_at_random, most_blamed
 from scaleprotoseg.model import load_model, read_config, read_tensors
-from scaleprotoseg.recipes import RECIPES, Stage, Train, chosen, find_recipe, read_veto, veto_name, vetoed
+from scaleprotoseg.predict import last_stage
+from scaleprotoseg.recipes import RECIPES, Stage, Train, chosen, find_recipe, named_recipe, read_veto, veto_name, vetoed
 from scaleprotoseg.training import run_method, run_stage
 
 few = settings(max_examples=60, deadline=None)
@@ -323,6 +324,20 @@ def begun(runs, tmp_path):
 
 
 def run(out, variant): return run_method('smoke', 'scaleprotoseg', variant, out=out, device='cpu')
+
+
+@pytest.mark.parametrize('name', [veto_name(NAMED), 'veto'])
+def test_a_veto_of_prototypes_that_would_be_others_is_refused_before_any_training(begun, name):
+    text = f'removes prototypes of {folder(begun, stage="warmup").parent}, so warmup is not trained again, and that one cannot be taken over: precision 64-true, there 32-true'
+    with pytest.raises(ValueError, match=re.escape(text)):
+        run_method('smoke', 'scaleprotoseg', name, out=begun, device='cpu', precision='64-true')
+    assert not list(begun.glob('smoke/scaleprotoseg-*/seed0/*/metrics.json'))
+
+
+def test_a_run_of_a_veto_by_name_is_known_by_its_recipe(runs, variant):
+    place = folder(runs, variant).parent
+    assert last_stage(place).name == 'threshold' and named_recipe(f'smoke/scaleprotoseg-{variant}').variant == variant
+    assert named_recipe('smoke/scaleprotosex-veto-s0c0k0') is None and named_recipe('nothing/at-all') is None
 
 
 def test_a_veto_by_failures_waits_for_the_main_variant_and_names_its_folder(begun):
