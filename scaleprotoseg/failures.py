@@ -99,9 +99,9 @@ def find_failures(model: Model, dataset: Dataset, how: Evaluation = Evaluation()
 def raised_threshold(cases: Sequence[FailureCase],  # of a threshold of 1: every class that is not perfect in an image
                      n: int,
                     ) -> float:
-    "The IoU below which the `n` lowest cases lie (fewer where IoUs are equal); 1 if there are no more."
+    "The IoU below which the `n` lowest cases lie, and those that are as low; 1 if there are no others."
     ious = sorted(c.iou for c in cases)
-    return ious[n] if n < len(ious) else 1.
+    return min((x for x in ious if x > ious[min(n, len(ious)) - 1]), default=1.)
 
 # %% ../nbs/11_failures.ipynb #cell-14
 def cell_sums(masks: Tensor,          # (n, H, W) bool

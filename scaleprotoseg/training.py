@@ -682,8 +682,9 @@ def check_before_veto(job: Job, data: dict):  # of `check_data`
     """ValueError if a veto is to come whose prototypes are those of the main variant, and this stage of it is there but not the same: trained again,
     the same numbers would name other prototypes."""
     later = [s for s in job.recipe.stages if s.kind == 'veto' and job.stage.name in {x.name for x in job.recipe.ancestry(s.parent)}]
+    if not later: return
     main = run_folder(job.out, find_recipe(job.recipe.experiment, job.recipe.method), job.seed, job.stage.name)
-    if not later or not is_finished(main): return
+    if not is_finished(main): return
     made, now = read_json(main / 'provenance.json'), {**job.session(0), 'data': data}
     apart = ', '.join(f'{k} {now[k]}, there {made.get(k)}' for k in ('device', 'precision', 'data') if made.get(k) != now[k])
     raise ValueError(f'{job.recipe.name} removes prototypes of {main.parent}, so {job.stage.name} is not trained again, and that one cannot be taken over: '
