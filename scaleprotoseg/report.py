@@ -507,7 +507,7 @@ def provenance_text(frame: pd.DataFrame) -> str:
     dates, kept = values('finished'), int(frame.recorded.eq(True).sum())
     parts = [f'seed{"s" * (frame.seed.nunique() > 1)} {", ".join(values("seed"))}', *values('data'), *values('device')]
     parts += [_few('commit', list(dict.fromkeys(commits))), _few('recipe', values('recipe'))]
-    if total := frame.seconds.dropna().sum(): parts.append(f'{duration(total)} of computing')
+    if total := frame.seconds.dropna().sum(): parts.append(f'{duration(total)} of computing in these stages')
     if dates: parts.append(f'finished {dates[-1][:10]}')
     if kept: parts.append(f'{kept} of {len(frame)} as recorded')
     return 'Runs: ' + '; '.join(filter(None, parts)) + '.'
