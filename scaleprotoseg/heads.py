@@ -59,6 +59,11 @@ class LinearHead(PrototypeHead):
     @property
     def last(self) -> nn.Parameter: return self.weight
 
+    @torch.no_grad()
+    def rescale_(self, factors: Tensor):  # (S, C, K), >= 0
+        "Multiply all weights of each prototype by its factor."
+        self.weight.mul_(factors.transpose(0, 1).to(self.weight))
+
     def extra_repr(self): return '{0} classes x ({0} classes x {1} scales x {2}) weights'.format(*self.weight.shape[1:])
 
 # %% ../nbs/05_heads.ipynb #cell-13

@@ -8,7 +8,7 @@ __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'IN_SUPPLEMENT', 'STE
            'changed', 'in_stage', 'veto_name', 'read_veto', 'vetoed', 'add_recipes', 'find_recipe', 'named_recipe',
            'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split', 'em_supplement', 'no_zoom',
            'warped', 'plain_unet', 'every_third', 'pretrained_recipes', 'published_data', 'legacy', 'taus',
-           'coco_weights', 'longer', 'wide', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last',
+           'coco_weights', 'longer', 'wide', 'rescaled', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last',
            'after_projection', 'balanced_last', 'fixed_last', 'small_ablations', 'from_supplement', 'group_ablations',
            'apart', 'view_recipes', 'adamw', 'camvid', 'once']
 
@@ -75,6 +75,7 @@ class Stage:
     tau: float | None = None     # threshold: group weights below are set to 0
     k: int | None = None         # prune: nearest patches looked at
     keep: int | None = None      # prune: how many of them must show the prototype's class
+    rescale: bool = False        # project: the last layer makes up for how much louder a prototype became (not in the papers)
     legacy: tuple[str, ...] = () # project: 'touched' cells are eligible, 'absent' classes are projected (spec 4.6)
     veto: tuple[tuple[int, int, int], ...] = ()  # veto: prototypes to remove (scale, class, k), from 0
     blamed: int = 0              # veto, instead of a list: so many, chosen by the failures of the recipe's main variant
@@ -86,6 +87,8 @@ class Stage:
             raise ValueError(f'stage {self.name!r}: a veto, and nothing else, names prototypes or how many are blamed; '
                              f'got veto={self.veto}, blamed={self.blamed}')
         if self.drawn and not self.blamed: raise ValueError(f'stage {self.name!r}: drawn=True needs how many in `blamed`')
+        if self.rescale and (self.kind, self.head) != ('project', 'linear'):
+            raise ValueError(f'stage {self.name!r}: rescale=True is for kind project and a linear head, not for {self.kind} and {self.head}')
         for name in self.legacy: lookup(dict.fromkeys(('touched', 'absent')), name, 'legacy rule of projection')
 
 # %% ../nbs/10_recipes.ipynb #cell-06
@@ -194,7 +197,7 @@ class Recipe:
 
 # %% ../nbs/10_recipes.ipynb #cell-09
 def _stage_values(s: Stage) -> dict:
-    if s.kind != 'train': return dict(tau=s.tau, k=s.k, keep=s.keep, blamed=s.blamed or None, drawn=int(s.drawn) or None)
+    if s.kind != 'train': return dict(tau=s.tau, k=s.k, keep=s.keep, rescale=int(s.rescale) or None, blamed=s.blamed or None, drawn=int(s.drawn) or None)
     t = s.train
     return dict(steps=t.steps, batch=t.batch, accumulate=t.accumulate, power=t.power, rise=t.rise or None, decay=t.decay, diversity=t.diversity, l1=t.l1,
                 entropy=t.entropy, lovasz=t.lovasz or None, balance=t.balance or None, momentum=t.momentum or None, contrast=t.contrast or None,
@@ -203,7 +206,7 @@ def _stage_values(s: Stage) -> dict:
 def _row(s):
     if s.kind != 'train':
         said = [f'τ = {s.tau}'] * (s.tau is not None) + [f'{s.keep} of {s.k} patches'] * (s.k is not None) + \
-            [f'legacy: {x}' for x in s.legacy] + [f'{s.blamed} {"random" if s.drawn else "most blamed"} prototypes'] * (s.blamed > 0) + [veto_name(s.veto)] * bool(s.veto)
+            ['weights rescaled'] * s.rescale + [f'legacy: {x}' for x in s.legacy] + [f'{s.blamed} {"random" if s.drawn else "most blamed"} prototypes'] * (s.blamed > 0) + [veto_name(s.veto)] * bool(s.veto)
         return f'| {s.name} | {s.parent} | – | – | – | {", ".join(said) or "–"} |'
     t = s.train
     rates = f'{t.optimizer}: ' + ', '.join(f'{k} {v:g}' for k, v in t.lr.items()) + (f', poly {t.power:g}' if t.power else '') + (f', rising for {t.rise}' if t.rise else '')
@@ -500,6 +503,11 @@ def wide(r: Recipe) -> Recipe:
     backbone = {k: 2 * v if k in ('width', 'features') else v for k, v in r.model['backbone'].items()}
     return changed(r, 'wide', {'backbone': backbone, 'channels': 2 * r.model['channels']})
 
+def rescaled(r: Recipe) -> Recipe:
+    """Not from the papers: after projection the last layer makes up for how much louder each prototype became. Is it what a prototype is like that
+    projection changes, or how loud it is? Without stages of groups, which start with weights of their own."""
+    return replace(r, variant='rescaled', stages=tuple(replace(s, rescale=s.kind == 'project') for s in r.stages if s.head == 'linear'))
+
 def protoseg_ablations(r: Recipe) -> list[Recipe]:
     "ProtoSeg, supplement, Table 1, and without the diversity loss."
     wider = [n * r.model['channels'] for n in (2, 4)]
@@ -540,7 +548,7 @@ def fixed_last(r: Recipe) -> Recipe:
 def small_ablations(box: Recipe, proto: Recipe, scale: Recipe) -> list[Recipe]:
     "What EM and CamVid are asked: ways to train that are not from the papers, the papers' claims, and the published program's faults."
     return [*map(plus, (box, proto, scale)), *map(lovasz_last, (proto, scale)), balanced_last(scale), fixed_last(scale),
-            *claim_ablations(proto, scale), legacy(proto, ('touched', 'absent'))]
+            *claim_ablations(proto, scale), *map(rescaled, (proto, scale)), legacy(proto, ('touched', 'absent'))]
 
 def from_supplement(r: Recipe, em: Recipe) -> list[Recipe]:
     "Not from the papers: ProtoSeg's supplement with the zoom of `em`, and without distortion and blur."
@@ -573,6 +581,7 @@ for name in ('em', 'em-quick'):
 unzoomed = no_zoom(find_recipe('em-quick', 'scaleprotoseg'))
 add_recipes(*apart(*group_ablations(find_recipe('em', 'scaleprotoseg'))),
             *apart(*(longer(find_recipe('em-quick', m), times) for times in (3, 10, 33) for m in ('unet', 'protoseg', 'scaleprotoseg'))),
+            *apart(*(longer(rescaled(find_recipe('em-quick', m)), times) for times in (3, 10, 33) for m in ('protoseg', 'scaleprotoseg'))),
             *apart(*(longer(wide(find_recipe('em-quick', m)), times) for times in (3, 10) for m in ('unet', 'scaleprotoseg'))),
             *apart(*(step(find_recipe('em-quick', 'unet')) for step in IN_SUPPLEMENT), unzoomed, *(longer(unzoomed, times) for times in (3, 10))),
             *apart(*from_supplement(find_recipe('em-supplement-quick', 'unet'), find_recipe('em-quick', 'unet'))))
@@ -631,6 +640,7 @@ for name in ('camvid', 'camvid-quick'):
 quick = [find_recipe('camvid-quick', m) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg')]
 add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))),
             *apart(*(longer(r, 3) for r in [*quick, *map(plus, quick)]), *(longer(r, 10) for r in quick),
+                   *(longer(rescaled(r), times) for r in quick[1:] for times in (3, 10)),
                    longer(balanced_last(find_recipe('camvid-quick', 'scaleprotoseg')), 3)))
 
 # %% ../nbs/10_recipes.ipynb #cell-45

@@ -252,11 +252,15 @@ def weight_cases(experiment: str) -> list[Case]:
 
 def length_cases(experiment: str) -> list[Case]:
     """Every method that has variants with more updates of the network (`joint3x`), the shortest training first: after joint training, projection and
-    fine-tuning, and as the papers report it."""
+    fine-tuning, and as the papers report it; and after a projection whose last layer is `rescaled`."""
     longer = [r for r in known_recipes(experiment) if re.fullmatch(r'joint\d+x', r.variant)]
     methods = list(dict.fromkeys(r.method for r in longer))
-    found = sorted([*(_main(experiment, m) for m in methods), *longer], key=lambda r: (methods.index(r.method), _updates(r)))
-    return [Case(r, s.name, f'{_updates(r)} updates') for r in found for s in r.stages if s.name in ('joint', 'project', 'finetune', r.reported.name)]
+    rescaled = [r for r in known_recipes(experiment) if _is_rescaled(r) and r.method in methods]
+    found = sorted([*(_main(experiment, m) for m in methods), *longer, *rescaled], key=lambda r: (methods.index(r.method), _updates(r)))
+    def shown(r): return ('project', 'finetune') if _is_rescaled(r) else ('joint', 'project', 'finetune', r.reported.name)
+    return [Case(r, s.name, f'{_updates(r)} updates') for r in found for s in r.stages if s.name in shown(r)]
+
+def _is_rescaled(r: Recipe) -> bool: return any(s.rescale for s in r.stages)
 
 def _updates(r: Recipe) -> int: return r.stage('joint').train.steps
 
@@ -275,9 +279,10 @@ def plot_lengths(frame: pd.DataFrame,     # of `collect(…, with_main=True)`
     stages. `lines` are published scores in percent by what to call them."""
     import matplotlib.pyplot as plt
     known = [(c, x) for c in cases if (x := summarise(frame, c.recipe, c.stage))['runs']]
-    panels = {'as reported': [(METHOD_NAMES.get(c.recipe.method, c.recipe.method), c, x) for c, x in known if c.stage == c.recipe.reported.name]}
+    panels = {'as reported': [(METHOD_NAMES.get(c.recipe.method, c.recipe.method), c, x) for c, x in known
+                              if c.stage == c.recipe.reported.name and not _is_rescaled(c.recipe)]}
     for method in dict.fromkeys(c.recipe.method for c, _ in known if len(c.recipe.stages) > 1):
-        panels[f'{METHOD_NAMES.get(method, method)}, by stage'] = [(c.stage, c, x) for c, x in known if c.recipe.method == method]
+        panels[f'{METHOD_NAMES.get(method, method)}, by stage'] = [(c.stage + ', rescaled' * _is_rescaled(c.recipe), c, x) for c, x in known if c.recipe.method == method]
     fig, axes = plt.subplots(1, len(panels), sharey=True, squeeze=False, layout='constrained', figsize=(3.4 * len(panels), 3.8))
     for ax, (title, points) in zip(axes[0], panels.items()):
         names = list(dict.fromkeys(n for n, *_ in points))
@@ -357,7 +362,8 @@ _QUESTIONS = {   # variant -> what it asks
     'plus3x': 'What does better training add to a longer one?', 'balanced_last3x': 'What if rare classes count more in the stages after a longer training?'}
 
 _AGAINST = {   # variants that vary another variant instead of the main recipe
-    **dict.fromkeys(('plus3x', 'balanced_last3x', 'no_zoom3x', 'wide3x'), 'joint3x'), **dict.fromkeys(('no_zoom10x', 'wide10x'), 'joint10x')}
+    **dict.fromkeys(('plus3x', 'balanced_last3x', 'no_zoom3x', 'wide3x', 'rescaled3x'), 'joint3x'),
+    **dict.fromkeys(('no_zoom10x', 'wide10x', 'rescaled10x'), 'joint10x'), 'rescaled33x': 'joint33x'}
 
 BETTER = {   # variants that train all methods in another way than the papers
     'plus': 'with better training', 'joint3x': 'with longer training', 'joint10x': 'with a training ten times as long', 'joint33x': 'with a training 33 times as long',
@@ -395,10 +401,15 @@ def claims(experiment: str) -> list[Claim]:
     for r in known_recipes(experiment):
         if r.variant in _LAST: found.append(Claim(f'What do groups cost {_LAST[r.variant]}?', case(r), case(r, 'finetune')))
     for r in (r for r in known_recipes(experiment) if r.method in main):
+        against = find_recipe(experiment, r.method, _AGAINST[r.variant]) if r.variant in _AGAINST else main[r.method]
+        if _is_rescaled(r):
+            found += [Claim('What does projection cost?', case(against, 'project'), case(against, 'joint')),
+                      Claim('… if the last layer makes up for how loud prototypes became?', case(r, 'project'), case(against, 'joint')),
+                      Claim('… and what does that change after fine-tuning?', case(r, 'finetune'), case(against, 'finetune'))]
+            continue
         k = re.fullmatch(r'k(\d+)', r.variant)
         number = k and ('Is 1 prototype' if k[1] == '1' else f'Are {k[1]} prototypes')
         if ask := f'{number} per class{" and scale" * (r.model["scales"] > 1)} enough?' if k else _QUESTIONS.get(r.variant) or _plain_question(r, main):
-            against = find_recipe(experiment, r.method, _AGAINST[r.variant]) if r.variant in _AGAINST else main[r.method]
             found.append(Claim(ask, case(r), case(against)))
     return found
 

@@ -46,7 +46,7 @@ from .losses import (class_weights, compared, cross_entropy, diversity, group_en
                                   own_class, prototype_contrast, prototype_distance)
 from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
 from .model import Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model, save_weights
-from .projection import Projection, save_sheet, touched, trace
+from .projection import Projection, Rescaling, save_sheet, touched, trace
 from .pruning import NearestPatches
 from .recipes import Data, Recipe, Stage, Train, find_recipe
 from .runs import Log, check_space, commit, device_name, is_finished, link, load_resume, locked, provenance, run_folder, save_resume
@@ -535,11 +535,11 @@ def _keep_best(job, model, position):
 def _moves_backbone(stage: Stage) -> bool: return bool(stage.train and {'trunk', 'aspp'} & set(stage.train.lr))
 
 # %% ../nbs/12_training.ipynb #cell-21
-def _stream(job: Job, model: Model, want: tuple[str, ...]) -> Iterator[tuple[int, Tensor, Output]]:
-    "Index, label (1, H, W) and output of every image of this process's share of the push split, at its own size."
+def _stream(job: Job, model: Model, want: tuple[str, ...], what: str = '') -> Iterator[tuple[int, Tensor, Output]]:
+    "Index, label (1, H, W) and output of every image of this process's share of the push split, at its own size; `what` says why again."
     model.to(job.fabric.device).eval()
     share = job.share('push')
-    bar = tqdm(read_ahead(share), total=len(share), desc=f'{job.recipe.name} {job.stage.name}', mininterval=2, disable=not job.writes)
+    bar = tqdm(read_ahead(share), total=len(share), desc=f'{job.recipe.name} {job.stage.name}{what}', mininterval=2, disable=not job.writes)
     for i, s in zip(share.indices, bar):
         job.check_stop('and starts this pass again')
         yield i, s.label[None].to(job.fabric.device), model(s.image[None].to(job.fabric.device), want)
@@ -547,20 +547,35 @@ def _stream(job: Job, model: Model, want: tuple[str, ...]) -> Iterator[tuple[int
 # %% ../nbs/12_training.ipynb #cell-22
 @torch.no_grad()
 def project_stage(job: Job, model: Model) -> dict:
-    "Stream the push split once, move the prototypes, write `prototypes.json` and `patches.webp`."
+    """Stream the push split once, move the prototypes, write `prototypes.json` and `patches.webp`. With `rescale` stream it once more, and change the
+    last layer."""
     dataset, projection, touch = job.data('push'), Projection(model.prototypes), 'touched' in job.stage.legacy
+    before = model.prototypes.vectors.detach().clone()
     for i, label, out in _stream(job, model, ('features', 'distances', 'similarities')):
         grid = out.logits.shape[-2:]
         eligible = touched(label, len(dataset.labels), grid) if touch else None
         projection.update(i, out.features, out.distances, out.similarities, reduce_labels(label, grid), eligible)
     for other in job.gather(projection)[1:]: projection.merge_(other)
+    counts = projection.apply_(model.prototypes, legacy_absent='absent' in job.stage.legacy) if job.writes else {}
+    if job.stage.rescale: counts |= _rescale(job, model, before)
     if not job.writes: return {}
-    counts = projection.apply_(model.prototypes, legacy_absent='absent' in job.stage.legacy)
     sources, tiles = trace(projection, dataset)
     save_sheet(tiles, job.folder / 'patches.webp')
     write_json(job.folder / 'prototypes.json', [asdict(s) for s in sources])
     covered = [s.coverage >= 0.25 for s in sources]
     return {'projection': {**counts, 'covered': sum(covered) / max(1, len(covered))}}
+
+def _rescale(job, model, before) -> dict:
+    "Change the last layer as `Rescaling` says of moved prototypes; `before`: their old vectors (S, C, K, D). Returns the range of the factors."
+    if job.world > 1: _share_weights(job, model)                 # one process has moved them
+    rescaling = Rescaling(model.prototypes)
+    for _, _, out in _stream(job, model, ('features', 'similarities'), ', rescaling'):
+        rescaling.update(model.prototypes.compare(out.features, before.to(out.features.device))[1], out.similarities)
+    for other in job.gather(rescaling)[1:]: rescaling.merge_(other)
+    if not job.writes: return {}
+    model.head.rescale_(rescaling.factors())
+    factors = rescaling.factors()[model.prototypes.alive.cpu()]
+    return {'factors': {name: float(f(factors)) for name, f in (('least', torch.min), ('median', torch.median), ('most', torch.max))}} if len(factors) else {}
 
 @torch.no_grad()
 def prune_stage(job: Job, model: Model) -> dict:

@@ -76,7 +76,7 @@ def test_all_other_notebooks(found, runs):
 
 @pytest.mark.slow
 def test_other_recipes_train(tmp_path):
-    names = ('em/scaleprotoseg', 'pascal/scaleprotoseg', 'pascal-ablations/protoseg-legacy', 'pascal-ablations/deeplabv2-sgd', 'cocostuff/prototype_view',
-             'cityscapes-hrnet/prototype_view-legacy', 'ade20k-segformer/prototype_view')
+    names = ('em/scaleprotoseg', 'em-ablations/scaleprotoseg-rescaled', 'pascal/scaleprotoseg', 'pascal-ablations/protoseg-legacy',
+             'pascal-ablations/deeplabv2-sgd', 'cocostuff/prototype_view', 'cityscapes-hrnet/prototype_view-legacy', 'ade20k-segformer/prototype_view')
     failed = {name: why for name, why in run('miniatures', tmp_path / 'runs', tmp_path / 'work', *names).items() if why}
     assert not failed, failed

@@ -72,7 +72,8 @@ def test_recipe_is_sound(name):
         assert ((s.k, s.keep) != (None, None)) == (s.kind == 'prune') and (not s.legacy or s.kind == 'project')
         assert not set(s.legacy) - {'touched', 'absent'}
         if s.train: assert s.train.optimizer in OPTIMIZERS and s.train.lr
-    assert r.last.kind == {'scaleprotoseg': 'threshold', 'prototype_view': 'project'}.get(r.method, 'train')
+    groups = {'scaleprotoseg': 'threshold'} if not any(s.rescale for s in r.stages) else {}
+    assert r.last.kind == {**groups, 'prototype_view': 'project'}.get(r.method, 'train')
 
 
 def test_a_new_option_at_its_default_does_not_change_a_digest():
