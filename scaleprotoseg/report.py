@@ -404,7 +404,7 @@ def claims(experiment: str) -> list[Claim]:
         against = find_recipe(experiment, r.method, _AGAINST[r.variant]) if r.variant in _AGAINST else main[r.method]
         if _is_rescaled(r):
             found += [Claim('What does projection cost?', case(against, 'project'), case(against, 'joint')),
-                      Claim('… if the last layer makes up for how loud prototypes became?', case(r, 'project'), case(against, 'joint')),
+                      Claim('… if the last layer makes up for how loud prototypes became?', case(r, 'project'), case(r, 'joint')),
                       Claim('… and what does that change after fine-tuning?', case(r, 'finetune'), case(against, 'finetune'))]
             continue
         k = re.fullmatch(r'k(\d+)', r.variant)
