@@ -55,7 +55,7 @@ class Finished:
                 **{k: f.get(k) for k in ('seconds', 'device', 'commit', 'recipe', 'finished')}, 'recorded': self.folder is None,
                 'data': f'{val["dataset"]}, {val["images"]} validation images' if val else self.recipe.data.dataset}
 
-_METRICS = ('miou', 'accuracy', 'iou', 'prototypes', 'steps', 'memory_mb')
+_METRICS = ('miou', 'accuracy', 'iou', 'prototypes', 'rescaling', 'steps', 'memory_mb')
 
 def stage_facts(folder: Path) -> dict:
     "What `provenance.json` says of a finished stage (nothing if there is none), its scores as `metrics` and, if it has them, as `held_out`."

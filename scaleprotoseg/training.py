@@ -557,13 +557,13 @@ def project_stage(job: Job, model: Model) -> dict:
         projection.update(i, out.features, out.distances, out.similarities, reduce_labels(label, grid), eligible)
     for other in job.gather(projection)[1:]: projection.merge_(other)
     counts = projection.apply_(model.prototypes, legacy_absent='absent' in job.stage.legacy) if job.writes else {}
-    if job.stage.rescale: counts |= _rescale(job, model, before)
+    said = {'rescaling': _rescale(job, model, before)} if job.stage.rescale else {}
     if not job.writes: return {}
     sources, tiles = trace(projection, dataset)
     save_sheet(tiles, job.folder / 'patches.webp')
     write_json(job.folder / 'prototypes.json', [asdict(s) for s in sources])
     covered = [s.coverage >= 0.25 for s in sources]
-    return {'projection': {**counts, 'covered': sum(covered) / max(1, len(covered))}}
+    return {'projection': {**counts, 'covered': sum(covered) / max(1, len(covered))}, **said}
 
 def _rescale(job, model, before) -> dict:
     "Change the last layer as `Rescaling` says of moved prototypes; `before`: their old vectors (S, C, K, D). Returns the range of the factors."
@@ -575,7 +575,7 @@ def _rescale(job, model, before) -> dict:
     if not job.writes: return {}
     model.head.rescale_(rescaling.factors())
     factors = rescaling.factors()[model.prototypes.alive.cpu()]
-    return {'factors': {name: float(f(factors)) for name, f in (('least', torch.min), ('median', torch.median), ('most', torch.max))}} if len(factors) else {}
+    return {name: float(f(factors)) for name, f in (('least', torch.min), ('median', torch.median), ('most', torch.max)) if len(factors)}
 
 @torch.no_grad()
 def prune_stage(job: Job, model: Model) -> dict:

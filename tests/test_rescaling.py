@@ -77,10 +77,10 @@ def test_stage_changes_the_last_layer_and_nothing_else(plain):
     by_hand.load_state_dict(a.head.state_dict())
     by_hand.rescale_(factors)
     torch.testing.assert_close(b.head.weight, by_hand.weight, rtol=1e-5, atol=1e-7)
-    said = json.loads((two / 'project/metrics.json').read_text())['projection']
+    said = json.loads((two / 'project/metrics.json').read_text())
     alive = factors[a.prototypes.alive]
-    assert said['factors'] == pytest.approx({'least': alive.min().item(), 'median': alive.median().item(), 'most': alive.max().item()}, rel=1e-5)
-    assert said == {**json.loads((one / 'project/metrics.json').read_text())['projection'], 'factors': said['factors']}
+    assert said['rescaling'] == pytest.approx({'least': alive.min().item(), 'median': alive.median().item(), 'most': alive.max().item()}, rel=1e-5)
+    assert said['projection'] == json.loads((one / 'project/metrics.json').read_text())['projection']
     # what the head says is nearer to what it said before
     def apart(m):
         with torch.no_grad(): x, y = (n(dataset[0].image[None]).logits for n in (m, before))
@@ -105,7 +105,7 @@ def test_two_processes_rescale_as_one(plain, tmp_path):
     assert a.keys() == b.keys()
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-6, atol=0)
     x, y = (json.loads((f / 'project/metrics.json').read_text()) for f in (two, folder))
-    assert x['confusion'] == y['confusion'] and x['projection']['factors'] == pytest.approx(y['projection']['factors'], rel=1e-6)
+    assert x['confusion'] == y['confusion'] and x['rescaling'] == pytest.approx(y['rescaling'], rel=1e-6)
 
 
 @pytest.mark.parametrize('kind, head', [('train', 'linear'), ('prune', 'linear'), ('project', 'groups'), ('project', 'nearest')])
