@@ -194,8 +194,8 @@ def family_table(frame: pd.DataFrame,          # of `collect`
 
 # %% ../nbs/15_measures.ipynb #cell-held-1
 def held_out_claims(experiment: str) -> list[Claim]:
-    "The claims to be measured on images that nothing was chosen on: between methods and their stages, and of better or longer training."
-    return [c for c in claims(experiment) if c.this.recipe.variant in ('', *BETTER)]
+    "The claims to be measured on images that nothing was chosen on: between methods and their stages, and of better or longer training; not of projection alone."
+    return [c for c in claims(experiment) if c.this.recipe.variant in ('', *BETTER) and c.this.stage != 'project']
 
 def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, data_root: str | Path = '', device: str = 'auto') -> dict:
     """The scores of `metrics.json` on `HELD_OUT` images; how many these are and their fingerprint; digest of the stage's results, device and commit.

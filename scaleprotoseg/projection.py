@@ -161,9 +161,9 @@ class Rescaling:
 
     def factors(self) -> Tensor:  # (S, C, K) float64, >= 0
         "What the weights of each prototype are to be multiplied by; 1 where its similarity does not vary or nothing was seen."
-        before, after, product, square = self.moments / max(1, self.positions)
-        variance = square - after.square()
-        varies = variance > 1e-6 * square                         # less is rounding
+        before, after, product, power = self.moments / max(1, self.positions)
+        variance = power - after.square()
+        varies = variance > 1e-5 * power                          # less is rounding of float32
         slope = (product - before * after) / variance.where(varies, 1.)
         return slope.clamp_min(0).where(varies, 1.)               # a prototype that says the opposite now says nothing
 

@@ -505,8 +505,9 @@ def wide(r: Recipe) -> Recipe:
 
 def rescaled(r: Recipe) -> Recipe:
     """Not from the papers: after projection the last layer makes up for how much louder each prototype became. Is it what a prototype is like that
-    projection changes, or how loud it is? Without stages of groups, which start with weights of their own."""
-    return replace(r, variant='rescaled', stages=tuple(replace(s, rescale=s.kind == 'project') for s in r.stages if s.head == 'linear'))
+    projection changes, or how loud it is? It ends with fine-tuning: groups start with weights of their own."""
+    if r.variant: raise ValueError(f'{r.name} is a variant; rescale {r.experiment}/{r.method}')
+    return replace(r, variant='rescaled', stages=tuple(replace(s, rescale=s.kind == 'project') for s in r.ancestry('finetune')))
 
 def protoseg_ablations(r: Recipe) -> list[Recipe]:
     "ProtoSeg, supplement, Table 1, and without the diversity loss."

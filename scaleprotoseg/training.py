@@ -541,7 +541,7 @@ def _stream(job: Job, model: Model, want: tuple[str, ...], what: str = '') -> It
     share = job.share('push')
     bar = tqdm(read_ahead(share), total=len(share), desc=f'{job.recipe.name} {job.stage.name}{what}', mininterval=2, disable=not job.writes)
     for i, s in zip(share.indices, bar):
-        job.check_stop('and starts this pass again')
+        job.check_stop('and starts this stage again')
         yield i, s.label[None].to(job.fabric.device), model(s.image[None].to(job.fabric.device), want)
 
 # %% ../nbs/12_training.ipynb #cell-22
@@ -550,7 +550,7 @@ def project_stage(job: Job, model: Model) -> dict:
     """Stream the push split once, move the prototypes, write `prototypes.json` and `patches.webp`. With `rescale` stream it once more, and change the
     last layer."""
     dataset, projection, touch = job.data('push'), Projection(model.prototypes), 'touched' in job.stage.legacy
-    before = model.prototypes.vectors.detach().clone()
+    before = model.prototypes.vectors.detach().clone() if job.stage.rescale else None
     for i, label, out in _stream(job, model, ('features', 'distances', 'similarities')):
         grid = out.logits.shape[-2:]
         eligible = touched(label, len(dataset.labels), grid) if touch else None
@@ -568,14 +568,14 @@ def project_stage(job: Job, model: Model) -> dict:
 def _rescale(job, model, before) -> dict:
     "Change the last layer as `Rescaling` says of moved prototypes; `before`: their old vectors (S, C, K, D). Returns the range of the factors."
     if job.world > 1: _share_weights(job, model)                 # one process has moved them
-    rescaling = Rescaling(model.prototypes)
+    rescaling, before = Rescaling(model.prototypes), before.to(job.fabric.device)
     for _, _, out in _stream(job, model, ('features', 'similarities'), ', rescaling'):
-        rescaling.update(model.prototypes.compare(out.features, before.to(out.features.device))[1], out.similarities)
+        rescaling.update(model.prototypes.compare(out.features, before)[1], out.similarities)
     for other in job.gather(rescaling)[1:]: rescaling.merge_(other)
     if not job.writes: return {}
-    model.head.rescale_(rescaling.factors())
-    factors = rescaling.factors()[model.prototypes.alive.cpu()]
-    return {name: float(f(factors)) for name, f in (('least', torch.min), ('median', torch.median), ('most', torch.max)) if len(factors)}
+    factors, alive = rescaling.factors(), model.prototypes.alive.cpu()
+    model.head.rescale_(factors)
+    return {name: float(f(factors[alive])) for name, f in (('least', torch.min), ('median', torch.median), ('most', torch.max)) if alive.any()}
 
 @torch.no_grad()
 def prune_stage(job: Job, model: Model) -> dict:

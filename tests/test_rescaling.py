@@ -16,7 +16,7 @@ from scaleprotoseg.heads import LinearHead
 from scaleprotoseg.model import load_model, read_tensors
 from scaleprotoseg.projection import Rescaling
 from scaleprotoseg.prototypes import Prototypes
-from scaleprotoseg.recipes import Stage, changed, find_recipe, rescaled
+from scaleprotoseg.recipes import Stage, find_recipe, rescaled
 from scaleprotoseg.training import run_stage
 
 
@@ -38,7 +38,7 @@ def test_factors_are_slopes_of_least_squares(seed):
 
 
 def test_a_similarity_far_from_zero_that_hardly_varies_is_not_made_louder_by_rounding():
-    layer, found = Prototypes(1, 1, 1, 2), None
+    layer = Prototypes(1, 1, 1, 2)
     for shift in (0., 8., 9.2):                                     # log((d + 1) / (d + 1e-4)) ends at 9.2
         found = Rescaling(layer)
         noise = torch.rand(1, 1, 1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -49,10 +49,9 @@ def test_a_similarity_far_from_zero_that_hardly_varies_is_not_made_louder_by_rou
 @pytest.fixture(scope='module')
 def plain(tmp_path_factory):
     "A joint stage of `smoke` from a fresh trunk and its projection, plain and rescaled."
-    out, start = tmp_path_factory.mktemp('rescaling'), changed(find_recipe('smoke', 'protoseg'), 'fresh')
-    start = replace(start, init=None)
+    out, start = tmp_path_factory.mktemp('rescaling'), replace(find_recipe('smoke', 'protoseg'), init=None)
     patch = pytest.MonkeyPatch()
-    both = (start, replace(rescaled(start), variant='fresh_rescaled'))
+    both = replace(start, variant='fresh'), replace(rescaled(start), variant='fresh_rescaled')
     for r in both: patch.setitem(recipes.RECIPES, r.name, r)
     for r in both:
         for s in r.ancestry('finetune'): run_stage('smoke', 'protoseg', s.name, variant=r.variant, out=out, device='cpu')
@@ -93,9 +92,8 @@ def test_two_processes_rescale_as_one(plain, tmp_path):
     one, two, recipe = plain
     runs = shutil.copytree(one.parents[2], tmp_path / 'runs')
     mine = tmp_path / 'mine.py'
-    mine.write_text('from dataclasses import replace\nfrom scaleprotoseg.recipes import add_recipes, changed, find_recipe, rescaled\n'
-                    "start = replace(changed(find_recipe('smoke', 'protoseg'), 'fresh'), init=None)\n"
-                    "add_recipes(start, replace(rescaled(start), variant='fresh_rescaled'))\n")
+    mine.write_text('from dataclasses import replace\nfrom scaleprotoseg.recipes import add_recipes, find_recipe, rescaled\n'
+                    "add_recipes(replace(rescaled(find_recipe('smoke', 'protoseg')), init=None, variant='fresh_rescaled'))\n")
     folder = runs / 'smoke/protoseg-fresh_rescaled/seed0'
     for stage in ('project', 'finetune'): shutil.rmtree(folder / stage)
     done = subprocess.run([sys.executable, '-m', 'scaleprotoseg', '--recipes', mine, 'run', 'smoke', 'protoseg', '--variant', 'fresh_rescaled', '--stage', 'project',
@@ -114,10 +112,18 @@ def test_only_a_projection_under_a_linear_layer_can_be_rescaled(kind, head):
         Stage('x', kind, 'joint', head, rescale=True)
 
 
-def test_recipe_says_so_and_ends_before_groups():
+def test_variants_and_methods_without_projection_cannot_be_rescaled():
+    with pytest.raises(ValueError, match='em-quick-ablations/protoseg-plus is a variant; rescale em-quick-ablations/protoseg'):
+        rescaled(find_recipe('em-quick-ablations', 'protoseg', 'plus'))
+    for method in ('unet', 'prototype_view'):
+        with pytest.raises(KeyError, match=f"unknown stage of em-quick/{method} 'finetune'"): rescaled(find_recipe('em-quick', method))
+
+
+def test_recipe_says_so_and_ends_before_groups_and_pruning():
     main = find_recipe('em-quick', 'scaleprotoseg')
     r = find_recipe('em-quick-ablations', 'scaleprotoseg', 'rescaled10x')
     assert r.last.name == r.reported.name == 'finetune' and 'weights rescaled' in r.table() and 'rescaled' not in main.table()
     assert r.values()['project', 'rescale'] == 1 and ('project', 'rescale') not in main.values()
+    assert find_recipe('em-quick-ablations', 'protoseg', 'rescaled').last.name == 'finetune'
     longer = find_recipe('em-quick-ablations', 'scaleprotoseg', 'joint10x')
     assert r.digest('joint') == longer.digest('joint') and r.digest('project') != longer.digest('project')
