@@ -148,7 +148,7 @@ def published_contents(folder: str | Path = 'data/published') -> pd.DataFrame:
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 SHOWN_EXPERIMENTS = (
-    'demo', 'demo-full', 'em-quick', 'em-long', 'em-supplement-quick', 'camvid-quick', 'em', 'em-supplement', 'camvid', 'pascal', 'cityscapes',
+    'demo', 'demo-full', 'em-quick', 'em-long', 'em-supplement-quick', 'camvid-quick', 'camvid-long', 'em', 'em-supplement', 'camvid', 'pascal', 'cityscapes',
     'ade20k', 'cocostuff', 'cityscapes-hrnet', 'cityscapes-segformer', 'ade20k-segformer')
 
 # %% ../nbs/15_contents.ipynb #cell-14

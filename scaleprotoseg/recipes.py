@@ -646,11 +646,12 @@ add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))),
 
 # %% ../nbs/10_recipes.ipynb #cell-45
 add_recipes(*(replace(r, experiment='demo-full', seeds=(0, 1, 2)) for r in recipes_of('demo')),
-            *(replace(longer(find_recipe('em-quick', m), 10), experiment='em-long', variant='') for m in ('unet', 'protoseg', 'scaleprotoseg')))
+            *(replace(longer(find_recipe('em-quick', m), 10), experiment='em-long', variant='') for m in ('unet', 'protoseg', 'scaleprotoseg')),
+            *(replace(longer(r, 10), experiment='camvid-long', variant='') for r in quick))
 for name in ('demo', 'demo-full', 'em', 'em-quick', 'camvid', 'camvid-quick'):
     k1 = changed(find_recipe(name, 'prototype_view'), 'k1', {'per_class': 1})
     add_recipes(once(k1) if name == 'camvid-quick' else k1)
-for name in ('smoke', 'demo', 'demo-full', 'em-quick', 'em-long', 'camvid-quick'):
+for name in ('smoke', 'demo', 'demo-full', 'em-quick', 'em-long', 'camvid-quick', 'camvid-long'):
     add_recipes(*group_ablations(find_recipe(name, 'scaleprotoseg')))
 for name in ('smoke', 'demo', 'demo-full'):
     add_recipes(vetoed(find_recipe(name, 'scaleprotoseg'), blamed=3))
