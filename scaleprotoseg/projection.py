@@ -163,7 +163,7 @@ class Rescaling:
         "What the weights of each prototype are to be multiplied by; 1 where its similarity does not vary or nothing was seen."
         before, after, product, power = self.moments / max(1, self.positions)
         variance = power - after.square()
-        varies = variance > 1e-5 * power                          # less is rounding of float32
+        varies = ~(variance <= 1e-5 * power)                      # less is rounding of float32; what is not a number stays visible
         slope = (product - before * after) / variance.where(varies, 1.)
         return slope.clamp_min(0).where(varies, 1.)               # a prototype that says the opposite now says nothing
 
