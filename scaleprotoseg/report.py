@@ -41,10 +41,11 @@ __all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BE
            'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published', 'compared',
            'other_draws', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case', 'size_cases',
            'diversity_cases', 'threshold_cases', 'weight_cases', 'length_cases', 'entropy_cases', 'plot_lengths',
-           'ablation_table', 'Claim', 'claims', 'claims_table', 'claims_runs', 'shown', 'save_table', 'save_figure',
-           'distinct', 'provenance_text', 'duration', 'used_runs', 'methods_again', 'claims_again', 'save_again', 'Run',
-           'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title', 'write_contents',
-           'build_report', 'check_there', 'without_leftovers', 'save_results', 'pack_results']
+           'ablation_table', 'Claim', 'claims', 'claims_pairs', 'claims_table', 'plot_claims', 'claims_runs', 'shown',
+           'save_table', 'save_figure', 'distinct', 'provenance_text', 'duration', 'used_runs', 'methods_again',
+           'claims_again', 'save_again', 'Run', 'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison',
+           'read_title', 'write_contents', 'build_report', 'check_there', 'without_leftovers', 'save_results',
+           'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-11
 def published(name: str,                              # e.g. scaleprotoseg_table_01
@@ -130,9 +131,9 @@ def summarise(frame: pd.DataFrame,  # of `collect`
             'prototypes': whole(statistics.fmean(counts)) if counts else None,
             'group_average': statistics.fmean(groups) if groups else None}
 
-def whole(x: float) -> int | float:
-    "A mean of counts: an integer if it is one."
-    return int(x) if x == int(x) else x
+def whole(x: float | None) -> int | float | None:
+    "A mean of counts: an integer if it is one. None, of no counts, stays."
+    return x if x is None or x != int(x) else int(x)
 
 def find_published(table: pd.DataFrame, metric: str = 'miou', **where: str) -> dict:
     "`value` and `std` of the one row that fits; a key is left out where there is none or it was lost."
@@ -418,30 +419,62 @@ def _plain_question(r: Recipe, main: Mapping[str, Recipe]) -> str:
     other = r.digest(r.reported.name) != main[r.method].digest(main[r.method].reported.name)
     return f'What does {r.variant} change?' if is_ablation(r.experiment) and other else ''
 
-def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
+def claims_pairs(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                  asked: Iterable[Claim]) -> pd.DataFrame:
-    """mIoU and used prototypes of both models of every claim, means over pairs; and mean and deviation of the pairs' difference.
+    """A row per claim and pair: mIoU of both models in percent, their difference in points, and the prototypes each uses (None if it has none).
 
     A pair is a seed, on one division of the images into training and validation, that both models have; but where the division is
     what differs (`every_third`) it is a seed alone."""
     import pandas as pd
-    mean, rows = lambda x: statistics.fmean(x) if x else None, []
-    for c in asked:
-        draws = _draws(c.this.recipe.experiment)
+    rows = []
+    for claim in asked:
+        draws = _draws(claim.this.recipe.experiment)
         this, against = ({(r.variant if r.variant in draws else '', r.seed): r for r in _at(frame, x).itertuples()}
-                         for x in (c.this, c.against))
-        pairs = [(this[k], against[k]) for k in this.keys() & against.keys()]
-        apart = [a.miou - b.miou for a, b in pairs]
-        used = [[r.alive if r.active is None or pd.isna(r.active) else r.active for r in side] for side in zip(*pairs)] or [[], []]
-        counted = [whole(mean(n)) if n and all(x == x and x is not None for x in n) else None for n in used]
-        rows.append({'question': c.question, 'this': _words(c.this), 'against': _words(c.against), 'pairs': len(pairs),
-                     'miou': mean([a.miou for a, _ in pairs]), 'against_miou': mean([b.miou for _, b in pairs]),
-                     'difference': mean(apart), 'std': statistics.stdev(apart) if len(apart) > 1 else None,
-                     'prototypes': counted[0], 'against_prototypes': counted[1]})
-    return pd.DataFrame(rows, dtype=object)
+                         for x in (claim.this, claim.against))
+        for division, seed in sorted(this.keys() & against.keys()):
+            a, b = this[division, seed], against[division, seed]
+            rows.append([*_named(claim), division, seed, a.miou, b.miou, a.miou - b.miou, _used(a), _used(b)])
+    return pd.DataFrame(rows, columns=[*_CLAIM, 'division', 'seed', 'miou', 'against_miou', 'difference', 'prototypes', 'against_prototypes'], dtype=object)
+
+def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
+                 asked: Iterable[Claim]) -> pd.DataFrame:
+    "mIoU and used prototypes of both models of every claim, means over `claims_pairs`; and mean and deviation of the pairs' difference."
+    import pandas as pd
+    mean, rows = lambda x: statistics.fmean(x) if len(x) and x.notna().all() else None, []
+    for claim in asked:
+        pairs = claims_pairs(frame, [claim])
+        rows.append([*_named(claim), len(pairs), *(mean(pairs[x]) for x in ('miou', 'against_miou', 'difference')),
+                     statistics.stdev(pairs.difference) if len(pairs) > 1 else None, *(whole(mean(pairs[x])) for x in ('prototypes', 'against_prototypes'))])
+    return pd.DataFrame(rows, columns=[*_CLAIM, 'pairs', 'miou', 'against_miou', 'difference', 'std', 'prototypes', 'against_prototypes'], dtype=object)
+
+def plot_claims(pairs: Mapping[str, pd.DataFrame],  # `claims_pairs` by what they were measured on
+                width: float = 9.,                  # inches
+               ) -> Figure:
+    """A row per claim: the difference in mIoU (points) of every pair as a dot; of several pairs mean and standard deviation too. A colour per key if there
+    are several."""
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    import seaborn as sns
+    rows = pd.concat([x.assign(images=name) for name, x in pairs.items()])
+    rows = rows.assign(claim=rows.question + '\n' + rows.this + ' − ' + rows.against, difference=rows.difference.astype(float))
+    names = [name for name, x in pairs.items() if len(x)]
+    colours = {name: [v / 255 for v in c] for name, c in zip(names, palette(len(names)))}
+    fig, ax = plt.subplots(layout='constrained', figsize=(width, .9 + .36 * rows.claim.nunique()))
+    ax.axvline(0, color='0.5', linewidth=.8)
+    several, rests = len(names) > 1, rows.groupby(['claim', 'images']).difference.transform('size') > 1
+    how = dict(x='difference', y='claim', hue='images', hue_order=names, order=rows.claim.unique(), palette=colours, ax=ax)
+    sns.stripplot(rows, **how, dodge=several, jitter=False, size=4, alpha=.55, legend=several)
+    if rests.any(): sns.pointplot(rows[rests], **how, dodge=.4 * several, legend=False, errorbar='sd', linestyle='none', marker='D', markersize=5, capsize=.25,
+                                  err_kws={'linewidth': 1.2})
+    if several: sns.move_legend(ax, 'lower center', bbox_to_anchor=(.5, 1), ncols=len(names), title=None, frameon=False)
+    ax.set(xlabel='difference of mIoU (points)', ylabel='')
+    ax.tick_params(axis='y', labelsize=8)
+    ax.grid(axis='x', color='0.9', linewidth=.6)
+    ax.set_axisbelow(True)
+    return fig
 
 def claims_runs(frame: pd.DataFrame, asked: Iterable[Claim]) -> pd.DataFrame:
-    "The rows of `collect` behind `claims_table`."
+    "The rows of `collect` behind `claims_pairs`."
     import pandas as pd
     return pd.concat([_at(frame, x) for c in asked for x in (c.this, c.against)]).drop_duplicates(['method', 'variant', 'stage', 'seed'])
 
@@ -451,6 +484,16 @@ def _at(frame, case):
     return frame[(frame.method == case.recipe.method) & frame.variant.isin(variants) & (frame.stage == case.stage)]
 
 def _draws(experiment: str) -> set[str]: return {r.variant for r in other_draws(main_experiment(experiment))}
+
+_CLAIM = ['question', 'this', 'against']
+
+def _named(claim): return claim.question, _words(claim.this), _words(claim.against)
+
+def _used(row):
+    "Prototypes in use, of a row of `collect`."
+    import pandas as pd
+    used = row.alive if pd.isna(row.active) else row.active
+    return None if pd.isna(used) else used
 
 def _words(case): return ' '.join([METHOD_NAMES.get(case.recipe.method, case.recipe.method), case.recipe.variant,
                                    f'({case.stage})' if case.stage != case.recipe.reported.name else '']).replace('  ', ' ').strip()
