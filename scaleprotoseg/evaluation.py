@@ -37,12 +37,11 @@ def windows(size: tuple[int, int], window: tuple[int, int], overlap: float) -> I
     return ((slice(y, y + h), slice(x, x + w)) for y in starts(size[0], h, overlap) for x in starts(size[1], w, overlap))
 
 # %% ../nbs/09_evaluation.ipynb #cell-11
-def enlarged_logits(model: Model,
-                    image: Tensor,         # (1, 3, H, W), in [0, 1]
+def enlarged_logits(logits: Tensor,        # (B, C, h, w)
                     size: tuple[int, int]  # of the result
-                   ) -> Tensor:            # (1, C, *size)
+                   ) -> Tensor:            # (B, C, *size)
     "Logits at pixel resolution: bilinear, half-pixel centres (spec 1.7)."
-    return F.interpolate(model(image).logits, size, mode='bilinear', align_corners=False)
+    return F.interpolate(logits, size, mode='bilinear', align_corners=False)
 
 @torch.no_grad()
 def segment(model: Model,
@@ -52,14 +51,14 @@ def segment(model: Model,
            ) -> Tensor:                   # (1, *size) int64
     "Class map of one image under a protocol."
     size, x = size or tuple(image.shape[-2:]), how.resize(image)
-    if not how.window: return enlarged_logits(model, x, size).argmax(1)
+    if not how.window: return enlarged_logits(model(x).logits, size).argmax(1)
     logits, count = None, x.new_zeros(x.shape[-2:])
     for rows, cols in windows(x.shape[-2:], how.window, how.overlap):
-        piece = enlarged_logits(model, x[..., rows, cols], (rows.stop - rows.start, cols.stop - cols.start))
+        piece = enlarged_logits(model(x[..., rows, cols]).logits, (rows.stop - rows.start, cols.stop - cols.start))
         if logits is None: logits = piece.new_zeros(1, piece.shape[1], *count.shape)
         logits[..., rows, cols] += piece
         count[rows, cols] += 1
-    return F.interpolate(logits / count, size, mode='bilinear', align_corners=False).argmax(1)
+    return enlarged_logits(logits / count, size).argmax(1)
 
 # %% ../nbs/09_evaluation.ipynb #cell-14
 def evaluate(model: Model, dataset: Dataset, device: torch.device,

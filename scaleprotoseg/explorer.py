@@ -24,6 +24,7 @@ from torch import Tensor
 from . import datasets, partscapes  # noqa: F401, make their datasets known
 from .basics import lookup
 from .data import Dataset, Labels, open_dataset
+from .evaluation import enlarged_logits
 from .explain import (as_picture, evidence_kind, evidence_names, overlay, plot_segmentation, read_atlas,
                                    scale_names, value_range)
 from .failures import cell_weights
@@ -120,8 +121,7 @@ class Explorer:
     def _score(self, model) -> tuple[Output, np.ndarray]:
         "Output and class map (H, W) of the picture."
         out = model.score_similarities(self._similarities, {'similarities', self.kind})
-        full = F.interpolate(out.logits, self.image.shape[:2], mode='bilinear', align_corners=False)
-        return out, full.argmax(1)[0].cpu().numpy()
+        return out, enlarged_logits(out.logits, self.image.shape[:2]).argmax(1)[0].cpu().numpy()
 
     def _state(self, all_on=False):
         "The model, its output and its class map, as switched or as loaded."

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Dataset, Labels
-from .evaluation import stream
+from .evaluation import enlarged_logits, stream
 from .heads import GroupHead
 from .metrics import class_iou, confusion
 from .model import Model, Output
@@ -69,7 +69,7 @@ def image_cases(counts: Tensor,           # (C, C) int: truth, prediction, of on
 # %% ../nbs/11_failures.ipynb #cell-11
 def enlarged_prediction(out: Output, size: tuple[int, int]) -> Tensor:  # (H, W) int64
     "Class map of one image at pixel resolution, as in evaluation."
-    return F.interpolate(out.logits, size, mode='bilinear', align_corners=False).argmax(1)[0]
+    return enlarged_logits(out.logits, size).argmax(1)[0]
 
 def sort_cases(cases: Sequence[FailureCase]) -> list[FailureCase]:
     "Most wrong pixels first; ties by IoU, image and class."

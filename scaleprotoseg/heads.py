@@ -48,9 +48,9 @@ class PrototypeHead(nn.Module):
 
 class LinearHead(PrototypeHead):
     "One linear layer over all prototypes."
-    def __init__(self, scales: int, classes: int, per_class: int, off_class: float = -0.5):
+    def __init__(self, scales: int, classes: int, per_class: int):
         super().__init__()
-        self.weight = nn.Parameter(class_prior(classes, scales, per_class, off_class=off_class))
+        self.weight = nn.Parameter(class_prior(classes, scales, per_class))
 
     def forward(self, similarities: Tensor, alive: Tensor) -> tuple[Tensor, None]:
         "Logits (B, C, h, w), and None: there are no groups."
@@ -109,12 +109,12 @@ def group_logits(groups: Tensor,  # (B, C, G, h, w)
 
 class GroupHead(PrototypeHead):
     "Sparse groups of prototypes, then a linear layer over groups."
-    def __init__(self, scales: int, classes: int, per_class: int, groups: int = 3, off_class: float = -0.5):
+    def __init__(self, scales: int, classes: int, per_class: int, groups: int = 3):
         super().__init__()
         bound = (scales * per_class) ** -0.5           # a linear layer's default range, then onto the simplex
         start = torch.empty(classes, groups, scales, per_class).uniform_(-bound, bound)
         self.weights = nn.Parameter(to_simplex(start.flatten(2)).view_as(start))
-        self.last = nn.Parameter(class_prior(classes, groups, off_class=off_class))
+        self.last = nn.Parameter(class_prior(classes, groups))
 
     def forward(self,
                 similarities: Tensor,        # (B, S, C, K, h, w)

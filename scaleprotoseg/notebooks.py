@@ -5,6 +5,7 @@
 # %% ../nbs/11_notebooks.ipynb #cell-03
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import json
@@ -40,9 +41,11 @@ def _read_notebook(path: Path) -> dict:
 
 def check_parameters(notebook: str | Path, parameters: Mapping):
     "Raise KeyError (with the nearest name) for an unknown parameter, TypeError for a value of another type."
-    known = notebook_parameters(notebook)
+    _check({name: p['type'] for name, p in notebook_parameters(notebook).items()}, notebook, parameters)
+
+def _check(known: Mapping[str, str], notebook: str | Path, parameters: Mapping):
     for name, value in parameters.items():
-        kind = lookup(known, name, f'parameter of {notebook}')['type']
+        kind = lookup(known, name, f'parameter of {notebook}')
         right = _TYPES.get(kind.split('[')[0])
         if right and (not isinstance(value, right) or isinstance(value, bool) and kind != 'bool'):
             raise TypeError(f'parameter {name} of {notebook} is {kind}, got {value!r}')
@@ -86,15 +89,15 @@ def _execute(source: Path, parameters: dict):
 def run_cells(source: str | Path, parameters: Mapping):
     """Run the code cells of a parameterised notebook in this process, in the current directory.
 
-    KeyError (with the nearest name) for an unknown parameter, `NotebookFailed` with the cell and its error."""
+    Raises what `check_parameters` raises, before anything runs, and `NotebookFailed` with the cell and its error."""
     cells = [c for c in _read_notebook(Path(source))['cells'] if c['cell_type'] == 'code']
+    given = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ())]
+    _check({n.target.id: ast.unparse(n.annotation) for code in given for n in ast.parse(code).body if isinstance(n, ast.AnnAssign)}, source, parameters)
     names = {'display': lambda *shown, **how: None, '__name__': '__main__'}         # a kernel has both
     for number, cell in enumerate(cells, 1):
         try: exec(compile(''.join(cell['source']), f'{source}, cell {number}', 'exec'), names)
         except Exception as e: raise NotebookFailed(f'{source}, cell {number}: {type(e).__name__}: {e}') from e
-        if 'parameters' not in cell['metadata'].get('tags', ()): continue
-        for name in parameters: lookup(names, name, f'parameter of {source}')
-        names |= parameters
+        if 'parameters' in cell['metadata'].get('tags', ()): names |= parameters
 
 # %% ../nbs/11_notebooks.ipynb #cell-run-08
 def without_machine_paths(x, roots: Iterable[tuple[str, str]] | None = None):

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from .basics import read_json
 from .data import Labels, image_to_tensor, read_image
-from .evaluation import segment
+from .evaluation import enlarged_logits, segment
 from .explain import (Atlas, as_picture, evidence_kind, evidence_maps, evidence_names,
                                    evidence_weights, overlay, read_atlas, scale_names, weighed_maps)
 from .failures import cell_weights
@@ -208,6 +207,8 @@ class Predictor:
                ) -> Explanation | dict[str, Explanation]:
         """Why a point or region got its class; for `at=None` one explanation per predicted class, by name.
 
+        The image is looked at as a whole: where a recipe tests with sliding windows, `predict` may give another class than is explained.
+
         ValueError for a black box, a wrong place, or pictures as in `to_image`; FileNotFoundError before `project`."""
         kind = evidence_kind(self.model)
         if self.atlas is None: self.atlas = read_atlas(self.folder)
@@ -218,7 +219,7 @@ class Predictor:
         if at is not None:
             region = as_region(at, size)
             return why(region, self._class(cls), tuple(map(int, at)) if len(np.shape(at)) == 1 else None)
-        label = F.interpolate(out.logits, size, mode='bilinear', align_corners=False).argmax(1)[0].cpu().numpy()
+        label = enlarged_logits(out.logits, size).argmax(1)[0].cpu().numpy()
         here = np.unique(label) if cls is None else [self._class(cls)]
         return {self.labels.names[c]: why(label == c, int(c)) for c in here if (label == c).any()}
 

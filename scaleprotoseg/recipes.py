@@ -166,7 +166,7 @@ class Recipe:
         return find_recipe(self.experiment, self.method) if any(s.blamed for s in line) else None
 
     def digest(self, stage: str) -> str:
-        "Short hash of every value that `stage` depends on: same digest, seed and device, same numbers."
+        "Short hash of every value that `stage` depends on: with the same digest, seed, data and libraries, numbers differ by rounding alone."
         start, judged = find_recipe(self.experiment, self.init) if self.init else None, self.judged(stage)
         facts = [chosen(self.data), self.model, [chosen(s) for s in self.ancestry(stage)],
                  start and start.digest(start.last.name), *([judged.digest(judged.last.name)] if judged else [])]
@@ -460,10 +460,9 @@ def pretrained_recipes(experiment: str, data: Data, steps: Mapping[str, int], l1
         recipe('prototype_view', dict(COSINE, channels=4 * net['channels'], per_class=10), prototype_view(plain, momentum))]
 
 # %% ../nbs/10_recipes.ipynb #cell-33
-def published_data(dataset: str, crop: int, train: str = 'train', push: str = 'train', scale: tuple[float, float] = (.5, 1.5),
-                   **evaluation) -> Data:
+def published_data(dataset: str, crop: int, train: str = 'train', scale: tuple[float, float] = (.5, 1.5), **evaluation) -> Data:
     "Splits, crop and protocol of one of the papers' datasets."
-    return Data(dataset, dict(train={'split': train}, push={'split': push}, val={'split': 'val'}), (crop, crop), scale,
+    return Data(dataset, dict(train={'split': train}, push={'split': 'train'}, val={'split': 'val'}), (crop, crop), scale,
                 evaluation=Evaluation(**evaluation))
 
 STEPS = dict(warmup=3000, joint=30_000, finetune=2000, group_warmup=2000, group_joint=30_000)   # spec 4.2
@@ -591,10 +590,10 @@ add_recipes(*apart(changed(_aug, 'push_train_aug', data={'splits': {**_aug.data.
 
 # %% ../nbs/10_recipes.ipynb #cell-view-1
 def view_recipes(experiment: str, box: str,    # what the parametric method is called
-                 data: Data, backbone: Mapping, channels: int, plain: Train, per_class: int = 10) -> list[Recipe]:
+                 data: Data, backbone: Mapping, channels: int, plain: Train) -> list[Recipe]:
     "A parametric network, the prototype view on the same backbone and schedule, and its controls."
     net = dict(backbone=dict(backbone), scales=1, channels=channels)
-    view = Recipe(experiment, 'prototype_view', data, {**net, **COSINE, 'per_class': per_class}, prototype_view(plain))
+    view = Recipe(experiment, 'prototype_view', data, {**net, **COSINE, 'per_class': 10}, prototype_view(plain))
     return [Recipe(experiment, box, data, {**net, 'activation': 'none'}, blackbox(plain, 'direct')), view,
             changed(view, 'k1', {'per_class': 1}), changed(view, 'legacy', legacy_draw=True)]
 

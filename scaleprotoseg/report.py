@@ -620,7 +620,7 @@ def save_again(experiment: str, path: str | Path,   # without ending
     again = again[[key in keys for key in _keys(again)]]
     if not len(again): raise ValueError(f'nothing in {runs} is a second run of what is recorded in {recorded}')
     asked = claims(experiment)
-    made, ran = claims_again(kept, again, asked), lambda frame: provenance_text(frame.assign(recipe=None))
+    made, ran = claims_again(kept, again, asked), lambda frame: provenance_text(distinct(frame).assign(recipe=None))
     save_table(table, path, f'mIoU in percent of finished stages of {experiment} and of their records. {verified(table)}. {ran(again)}')
     save_table(methods_again(table, experiment), _with_ending(path, '_methods'), f'''mIoU in percent of the reported stages of {experiment}, recorded
                and again; `apart`: root mean square of the difference between runs of one seed. {ran(again)}''')

@@ -42,7 +42,7 @@ from .data import Sample, check_dataset, files_state, fingerprint, open_dataset,
 from .evaluation import evaluate
 from .failures import check_veto, count_blame, drawn_at_random, most_blamed
 from .heads import GroupHead
-from .losses import (class_weights, compared, cross_entropy, diversity, group_entropy, legacy_labels, lovasz, off_class_l1,
+from .losses import (class_weights, compared_pairs, cross_entropy, diversity, group_entropy, legacy_labels, lovasz, off_class_l1,
                                   own_class, prototype_contrast, prototype_distance)
 from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
 from .model import Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model, save_weights
@@ -150,7 +150,7 @@ def update_counts(outputs: list[Output], labels: Tensor,  # (n, H, W) of all pas
     """What the losses' sums are divided by, at the size of each output: labelled positions, pairs that the diversity loss compares,
     positions that have a prototype."""
     def count(y):
-        pairs = compared(_places(y, train, model), model.prototypes.alive).sum() if train.diversity else y.new_zeros(())
+        pairs = compared_pairs(_places(y, train, model), model.prototypes.alive).sum() if train.diversity else y.new_zeros(())
         there = model.prototypes.alive.any(-1).any(0)[y.clamp_min(0)] & (y >= 0) if train.momentum else y < -1
         return torch.stack([(y >= 0).sum(), pairs, there.sum()])
     return torch.stack([count(reduce_labels(labels, out.logits.shape[-2:])) for out in outputs])
@@ -342,6 +342,7 @@ def start_model(job: Job, labels) -> tuple[Model, dict]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng(job.seed, 'init', job.stage.head).integers(1 << 62)))
         model = build_model(config if job.parent else {**config, 'backbone': initial_backbone(job)})
+    if job.precision == '64-true': model.double()                 # in every kind of stage, and before float64 weights are read
     if job.start: load_weights(model, read_tensors(job.start / 'backbone.safetensors'), str(job.start), 'backbone.trunk.')
     if job.parent:
         load_weights(model, read_tensors(job.parent / 'backbone.safetensors'), f'{job.parent}/backbone.safetensors', 'backbone.')
@@ -405,7 +406,7 @@ COLLAPSED = 0.98     # mean cosine between the prototypes of a class and scale
 READ_EVERY = 10      # updates between two looks at an accelerator's numbers: each look waits for it
 
 def train_stage(job: Job, model: Model) -> dict:
-    "Minimise the stage's losses; saves what is needed to continue every minute and when asked to stop."
+    "Minimise the stage's losses; saves what is needed to continue every minute and when asked to stop, but during a validation, which would have to be made again."
     train, position = job.stage.train, {'step': 0, 'best': -1., 'seconds': 0., 'sessions': []}
     model.to(job.fabric.device).train_only_(train.lr, train.batch_norm)
     source = _frozen_views(job, model) if train.views else \

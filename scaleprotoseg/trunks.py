@@ -318,6 +318,8 @@ def segformer_levels(arch: str='b0',
     try: from transformers import SegformerConfig, SegformerModel
     except ImportError as e: raise ImportError("SegFormer's encoder is that of transformers: pip install 'scaleprotoseg[segformer]'") from e
     net = SegformerModel(SegformerConfig(depths=depths, hidden_sizes=dims, num_attention_heads=(1, 2, 5, 8)))
+    for m in net.modules():                                            # transformers leaves them at 1e-5
+        if isinstance(m, nn.LayerNorm): m.eps = 1e-6
     if weights is None: return Levels(net, _hidden), dims
     if weights == 'pretrained': weights = f'nvidia/mit-{arch}'
     elif not Path(weights).is_dir(): raise FileNotFoundError(f"no folder {weights} with SegFormer weights; give one, 'pretrained' or None")

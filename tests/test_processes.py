@@ -93,6 +93,9 @@ def test_two_processes_have_the_losses_of_one(pretrained, tmp_path):
         for x, y in zip(a, b): assert x == pytest.approx(y, abs=1e-6)
         whole, halved = (read_tensors(o / FOLDER / stage / 'head.safetensors') for o in out)
         for k in whole: torch.testing.assert_close(whole[k], halved[k], rtol=0, atol=1e-7)
+    train(out[0], '--stage', 'project', '--precision', '64-true', launch=('-m', 'scaleprotoseg'))
+    patches = read_tensors(out[0] / FOLDER / 'project/head.safetensors')['prototypes.vectors']
+    assert patches.dtype == torch.float64 and (patches != patches.float().double()).any()      # features of float64, not rounded ones
 
 
 def test_prototypes_that_follow_their_pixels_follow_those_of_both_processes(pretrained, tmp_path):
