@@ -34,7 +34,7 @@ lab: install     ## JupyterLab on the notebooks
 
 docs: install    ## run the chapters and keep their outputs; README.md from nbs/index.ipynb
 	$(BIN)/python nbs/run_chapters.py
-	$(BIN)/python nbs/run_chapters.py index.ipynb
+	$(BIN)/python nbs/run_chapters.py index.ipynb results.ipynb speed.ipynb cluster.ipynb
 	$(BIN)/python nbs/render_readme.py
 
 clean-notebooks: install  ## what to run before a commit: clean, export
