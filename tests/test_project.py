@@ -93,9 +93,13 @@ def test_what_the_command_line_lists_needs_no_torch():
     assert done.returncode == 0 and 'demo/scaleprotoseg' in done.stdout, done.stderr
 
 
-def test_readme_is_rendered_from_the_index_notebook():
+@pytest.fixture
+def committed_results():
     anew = subprocess.run(['git', 'status', '--porcelain', 'figures'], cwd=ROOT, capture_output=True, text=True)
-    if anew.stdout.strip(): pytest.skip('figures/ holds results made here, which README does not show before `make docs`')
+    if anew.stdout.strip(): pytest.skip('figures/ holds results made here, which no page shows before `make docs`')
+
+
+def test_readme_is_rendered_from_the_index_notebook(committed_results):
     text = subprocess.run([sys.executable, 'nbs/render_readme.py', '--stdout'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert text == (ROOT / 'README.md').read_text(), 'run `make docs`'
 
@@ -114,11 +118,38 @@ def test_ruff_finds_nothing():
     subprocess.run([sys.executable, '-m', 'ruff', 'check', 'scaleprotoseg', 'tests', 'benchmarks'], cwd=ROOT, check=True)
 
 
-def test_the_results_page_shows_tables_that_are_there():
+def test_the_results_page_shows_tables_that_are_there(committed_results):
     code = ' '.join(source(c) for c in json.loads((ROOT / 'nbs/results.ipynb').read_text())['cells'] if c['cell_type'] == 'code')
     shown, run = re.findall(r"show\('([\w-]+)', '([\w/-]+)'\)", code), re.findall(r"^runs\('([\w-]+)'\)", code.replace(' runs', '\nruns'), re.M)
     assert len(shown) >= 5 and run
     assert all((ROOT / f'figures/{experiment}/{table}.md').is_file() for experiment, table in shown)
+    _is_kept('results', ((ROOT / f'figures/{experiment}/{table}.md').read_text() for experiment, table in shown))
     for experiment in run:       # every number can be traced
         stages = json.loads((ROOT / f'figures/{experiment}/provenance.json').read_text())
         assert all({'command', 'commit', 'device', 'seed', 'recipe', 'seconds', 'versions', 'metrics'} <= s.keys() for s in stages.values())
+
+
+def _is_kept(page, texts):
+    """The outputs of a page hold these texts."""
+    shown = [''.join(out['data'].get('text/markdown', '')) for c in json.loads((ROOT / f'nbs/{page}.ipynb').read_text())['cells']
+             for out in c.get('outputs', []) if 'data' in out]
+    for text in texts: assert any(text.strip() in s for s in shown), f'nbs/{page}.ipynb does not show what is there now; run `make docs`'
+
+
+def test_pages_show_what_is_there_now(committed_results):
+    from scaleprotoseg.contents import paper_notebooks
+    from scaleprotoseg.recipes import recipes_of
+    _is_kept('cluster', (f'| {e} | {sum(len(r.seeds) for r in recipes_of(e))} | {len(paper_notebooks(e))} |' for e in ('em', 'em-ablations', 'pascal')))
+    measured = [json.loads(p.read_text()) for p in sorted((ROOT / 'figures/benchmarks').glob('*.json'))]
+    _is_kept('speed', (f'`{x["command"]}`, commit {x["commit"]}, {x["device"]}' for x in measured))
+
+
+def test_chapters_import_what_comes_before_them():
+    chapters = {p: '\n'.join(source(c) for c in json.loads(p.read_text())['cells'] if c['cell_type'] == 'code') for p in NOTEBOOKS if re.match(r'\d\d_', p.name)}
+    before, seen = {re.search(r'#\| default_exp (\w+)', code)[1]: p for p, code in chapters.items()}, 0
+    for p, code in chapters.items():
+        one, several = re.findall(r'^ *from scaleprotoseg\.(\w+) import', code, re.M), re.findall(r'^ *from scaleprotoseg import ([\w, ]+)', code, re.M)
+        for name in {*one, *(x.strip() for names in several for x in names.split(','))} & before.keys():
+            seen += 1
+            assert before[name] <= p, f'{p.name} imports from {before[name].name}, which comes after it'
+    assert seen > 100
