@@ -84,7 +84,7 @@ class _Reader:
 # %% ../nbs/01_datasets.ipynb #cell-10
 def decode_uid(uid: np.ndarray  # any shape, integers in 0..9_999_999
               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # sid, iid, pid: int64; -1 where not given
-    "`sid`, `sid*1000 + iid` or `sid*100_000 + iid*100 + pid` taken apart (spec 6.7). pid 0 is an unlabelled part."
+    "`sid`, `sid*1000 + iid` or `sid*100_000 + iid*100 + pid` taken apart (spec 6.7). pid 0 is an unlabelled part. ValueError for no such number."
     uid = np.asarray(uid)
     if uid.dtype.kind not in 'iu': raise ValueError(f'uids are integers, got {uid.dtype}')
     uid = uid.astype(np.int64)

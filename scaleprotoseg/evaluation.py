@@ -92,7 +92,7 @@ def stream(model: Model, dataset: Dataset,
 
 # %% ../nbs/09_evaluation.ipynb #cell-22
 def file_values(dataset: Dataset) -> np.ndarray:  # (C,) uint8
-    "The value that stands for each class in the dataset's label files: the smallest that is read as this class."
+    "The value that stands for each class in the dataset's label files: the smallest that is read as this class. ValueError if one has more than 8 bits."
     mapping = getattr(dataset, 'mapping', None) or {c: c for c in range(len(dataset.labels))}
     values = [min(v for v, c in mapping.items() if c == cls) for cls in range(len(dataset.labels))]
     if max(values) > 255: raise ValueError(f'file values up to {max(values)} do not fit the 8 bits of a benchmark PNG')

@@ -87,7 +87,7 @@ def evidence_kind(model: Model) -> str:
     return 'groups' if isinstance(model.head, GroupHead) else 'similarities'
 
 def evidence_maps(out: Output) -> Tensor:  # (B, C, E, h, w)
-    "What the last layer weighs: group activations if `out` has them, else similarities."
+    "What the last layer weighs: group activations if `out` has them, else similarities. ValueError if it has neither."
     if out.groups is not None: return out.groups
     if out.similarities is None: raise ValueError('the output has neither: ask for want=[evidence_kind(model)]')
     return out.similarities.transpose(1, 2).flatten(2, 3)
@@ -152,7 +152,7 @@ class Group:
 
 # %% ../nbs/13_explain.ipynb #cell-23
 def group_members(model: Model, atlas: Atlas, cls: int) -> list[Group]:
-    "The groups of a class with their living members of non-zero weight; none if the class has no living prototype."
+    "The groups of a class with their living members of non-zero weight; none if the class has no living prototype. ValueError for a linear head."
     if evidence_kind(model) != 'groups':
         raise ValueError('this model has a linear head and no groups; explain it by its prototypes')
     alive, head = model.prototypes.alive, model.head
@@ -166,7 +166,7 @@ def group_members(model: Model, atlas: Atlas, cls: int) -> list[Group]:
 
 # %% ../nbs/13_explain.ipynb #cell-26
 def scale_usage(model: Model) -> Tensor:  # (C, S), rows sum to 1; 0 for a class without weights
-    "Share of each class's group weight that lies on prototypes of each scale."
+    "Share of each class's group weight that lies on prototypes of each scale. ValueError without groups."
     if evidence_kind(model) != 'groups': raise ValueError('this model has no groups, so no weight to share')
     used = (model.head.weights.detach() * model.prototypes.alive.transpose(0, 1)[:, None]).sum((1, 3))
     return used / used.sum(1, keepdim=True).clamp_min(torch.finfo(used.dtype).tiny)
@@ -623,7 +623,7 @@ def _draw_tile(ax, tile, x, y, color, alive=True, side=1.0):
 def plot_group_graph(groups: Sequence[Group], atlas: Atlas, labels: Labels,
                      scales: Sequence[str] | None = None,  # names, see `scale_names`
                      ax: Axes | None = None) -> Axes:
-    "Class → groups → prototypes of one class; lines as wide as the weights, patches with their scale."
+    "Class → groups → prototypes of one class; lines as wide as the weights, patches with their scale. ValueError without a group."
     import matplotlib.pyplot as plt
     if not groups: raise ValueError('no groups to draw: the class has no living prototype')
     cls, colors = groups[0].cls, [np.asarray(c) / 255 for c in palette(len(groups))]

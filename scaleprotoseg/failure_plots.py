@@ -55,7 +55,7 @@ class Scene:
 def scene(model: Model, dataset: Dataset, case: FailureCase, atlas: Atlas, how: Evaluation = Evaluation(),  # noqa: B008, frozen
           most: int = 4,   # maps per class or group
          ) -> Scene:
-    "Look at the image of a case again and collect what its pictures show. The case may have been found with another model."
+    "Look at the image of a case again and collect what its pictures show. The case may have been found with another model. ValueError if this one does not fail there."
     _, sample, out = next(stream(model, dataset, how, (evidence_kind(model), 'similarities'), [case.index]))
     label = sample.label.to(out.logits.device)
     prediction = enlarged_prediction(out, tuple(label.shape))
@@ -184,7 +184,7 @@ def plot_evidence(scene: Scene, width: float = 7.) -> Figure:
     return _rows(scene, rows, 'log activation' if scene.why.grouped else 'log similarity', width, patches=not scene.why.grouped)
 
 def plot_members(scene: Scene, width: float = 7.) -> Figure:
-    "The prototypes of the true class's strongest group and of the driving group, with weights and training patches."
+    "The prototypes of the true class's strongest group and of the driving group, with weights and training patches. ValueError for a linear head."
     if not scene.members: raise ValueError('a linear head has no groups to look into: its prototypes are the evidence')
     return _rows(scene, scene.members, 'log similarity', width, patches=True)
 

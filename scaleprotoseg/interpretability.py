@@ -147,7 +147,7 @@ def part_hits(similarities: Tensor,  # (S, C, K, h, w)
               parts: int,            # M: largest part id there is
               test: PartTest = PartTest(),  # noqa: B008, frozen
              ) -> Tensor:            # (Q, S, C, K, M) bool, part i + 1 at i
-    "Which parts of its own class each prototype hits: some key-point of the part is on. Absent parts are not hit."
+    "Which parts of its own class each prototype hits: some key-point of the part is on. Absent parts are not hit. ValueError for a part above `parts`."
     S, C, K = similarities.shape[:3]
     if len(points) and int(points[:, 1].max()) > parts: raise ValueError(f'part {int(points[:, 1].max())}: expected 1..{parts}')
     points, hits = points.to(label.device), label.new_zeros((len(test.quantiles), S, C, K, parts), dtype=torch.bool)

@@ -76,7 +76,7 @@ class Model(nn.Module):
         return [self.score(self.activate(maps), want) for maps in self.backbone(image, every_scale=True)]
 
     def score(self, features: Tensor, want: Iterable[str] = (), chunk: int | None = None) -> Output:
-        "From features (B, S, D, h, w) on; `want` and `chunk` as in the forward pass."
+        "From features (B, S, D, h, w) on; `want` and `chunk` as in the forward pass. ValueError for an unknown output."
         want = {'logits', *want}
         if unknown := want - set(OUTPUTS): raise ValueError(f'unknown outputs {sorted(unknown)}; known: {OUTPUTS}')
         h, w = features.shape[-2:]

@@ -76,7 +76,7 @@ def to_image(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:  
     """Any picture as a tensor.
 
     A path, a PIL image; an array (H, W) or (H, W, 3), or a tensor (3, H, W), of uint8 or of floats in [0, 1].
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one, other shapes, types or ranges."""
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one, other shapes, types or ranges. TypeError for anything else."""
     if isinstance(image, (str, Path)): return read_image(image)
     if isinstance(image, Image.Image): return image_to_tensor(image)
     if isinstance(image, np.ndarray):

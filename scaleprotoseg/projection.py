@@ -266,7 +266,7 @@ def save_sheet(tiles: np.ndarray, path: Path):
     replace_file(path, lambda p: Image.fromarray(sheet).save(p, 'webp', lossless=True))
 
 def load_sheet(path: Path) -> np.ndarray:
-    "The tiles (n, TILE, TILE, 3) uint8 of a sheet, padding included."
+    "The tiles (n, TILE, TILE, 3) uint8 of a sheet, padding included. FileNotFoundError before `project`."
     if not path.is_file(): raise FileNotFoundError(f'no sheet of patches at {path}; the `project` stage writes it')
     sheet = np.asarray(Image.open(path).convert('RGB'))
     rows = len(sheet) // TILE

@@ -93,7 +93,7 @@ class Prototypes(nn.Module):
 
     @torch.no_grad()
     def kill_(self, dead: Tensor):  # (S, C, K) bool: prototypes to remove
-        "Clear the bits of `dead` prototypes. Their vectors stay, so that the decision can be shown and undone."
+        "Clear the bits of `dead` prototypes. Their vectors stay, so that the decision can be shown and undone. ValueError for another shape or type."
         if dead.shape != self.alive.shape or dead.dtype != torch.bool:
             raise ValueError(f'expected a bool mask of shape {tuple(self.alive.shape)}, got {dead.dtype} {tuple(dead.shape)}')
         self.alive &= ~dead.to(self.alive.device)

@@ -62,7 +62,7 @@ class NearestPatches:
                distances: Tensor,  # (1, S, C, K, h, w)
                labels: Tensor,     # (1, H, W) int64, full resolution, same device
               ):
-        "Take over the nearest patch of this image where it is among the k nearest so far; an all-void image is skipped."
+        "Take over the nearest patch of this image where it is among the k nearest so far; an all-void image is skipped. ValueError if images do not come in order."
         if image <= self.last: raise ValueError(f'image {image} after image {self.last}: each once, in increasing order')
         self.last, (h, w) = image, distances.shape[-2:]
         small = reduce_labels(labels, (h, w))
@@ -91,7 +91,7 @@ class NearestPatches:
         return (self.label == torch.arange(self.alive.shape[1])[:, None, None]).sum(-1)
 
     def keep(self, threshold: int = 3) -> Tensor:  # (S, C, K) bool
-        "Living prototypes of whose patches at least `threshold` show the prototype's class."
+        "Living prototypes of whose patches at least `threshold` show the prototype's class. ValueError if it is not in 1..k."
         if not 1 <= threshold <= self.k: raise ValueError(f'threshold must be 1..{self.k} (k), got {threshold}')
         return self.alive & (self.own() >= threshold)
 

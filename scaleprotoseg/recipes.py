@@ -282,7 +282,7 @@ def read_veto(name: str) -> tuple[tuple[int, int, int], ...]:
     return tuple(tuple(map(int, x)) for x in re.findall(r's(\d+)c(\d+)k(\d+)', name))
 
 def vetoed(recipe: Recipe, prototypes: Iterable[tuple[int, int, int]] = (), blamed: int = 0, drawn: bool = False, variant: str = '') -> Recipe:
-    "A recipe that removes prototypes after their projection and trains what follows again; side branches are left out."
+    "A recipe that removes prototypes after their projection and trains what follows again; side branches are left out. ValueError for a variant, or without projection."
     if recipe.variant: raise ValueError(f'{recipe.name} is a variant; remove prototypes of {recipe.experiment}/{recipe.method}')
     line, keys = recipe.ancestry(recipe.last.name), tuple(sorted({tuple(p) for p in prototypes}))
     projected = next((s for s in line if s.kind == 'project'), None)
@@ -295,7 +295,7 @@ def vetoed(recipe: Recipe, prototypes: Iterable[tuple[int, int, int]] = (), blam
 RECIPES: dict[str, Recipe] = {}
 
 def add_recipes(*recipes: Recipe):
-    "Make recipes known under their names, `experiment/method[-variant]`."
+    "Make recipes known under their names, `experiment/method[-variant]`. ValueError for a name that is taken."
     for r in recipes:
         if r.name in RECIPES: raise ValueError(f'there is already a recipe {r.name!r}')
         RECIPES[r.name] = r
@@ -504,7 +504,7 @@ def wide(r: Recipe) -> Recipe:
 
 def rescaled(r: Recipe) -> Recipe:
     """Not from the papers: after projection the last layer makes up for how much louder each prototype became. Is it what a prototype is like that
-    projection changes, or how loud it is? It ends with fine-tuning: groups start with weights of their own."""
+    projection changes, or how loud it is? It ends with fine-tuning: groups start with weights of their own. ValueError for a variant."""
     if r.variant: raise ValueError(f'{r.name} is a variant; rescale {r.experiment}/{r.method}')
     return replace(r, variant='rescaled', stages=tuple(replace(s, rescale=s.kind == 'project') for s in r.ancestry('finetune')))
 

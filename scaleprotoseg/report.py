@@ -136,7 +136,7 @@ def whole(x: float | None) -> int | float | None:
     return x if x is None or x != int(x) else int(x)
 
 def find_published(table: pd.DataFrame, metric: str = 'miou', **where: str) -> dict:
-    "`value` and `std` of the one row that fits; a key is left out where there is none or it was lost."
+    "`value` and `std` of the one row that fits; a key is left out where there is none or it was lost. ValueError if several fit."
     rows = table[table.metric == metric]
     for column, value in where.items(): rows = rows[rows[column] == value]
     if len(rows) > 1: raise ValueError(f'{len(rows)} published values for {where}; name more columns')

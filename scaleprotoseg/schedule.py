@@ -69,7 +69,7 @@ def run_trainings(todo: Sequence[Training],
                   environment: dict[str, str] | None = None):     # of the processes; None: ours
     """Run trainings until all are finished. A process ends with 0 when it is finished, with 3 when it was stopped and can go on.
 
-    Raises `Interrupted` when stopped by a signal or the clock, `TrainingsFailed` after the others when some failed."""
+    Raises `Interrupted` when stopped by a signal or the clock, `TrainingsFailed` after the others when some failed. ValueError for `jobs` below 1."""
     if jobs < 1: raise ValueError(f'jobs={jobs}: expected how many trainings to run at a time')
     waiting, running, ended = {t.name: t for t in todo}, {}, {}              # by name: trainings, processes, exit codes
     with stopping(max_minutes) as stop, tqdm(total=len(todo), desc='trainings', disable=len(todo) < 2) as bar:

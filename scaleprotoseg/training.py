@@ -741,7 +741,7 @@ def stopping(max_minutes: float | None):
 PRECISIONS = {'32-true': '32-true', 'bf16-mixed': '32-true', '64-true': '64-true'}   # what Fabric is told
 
 def processes(devices: int = 0) -> tuple[int, int]:  # per machine, machines
-    "How many processes train together: `devices` on this machine, or if 0 as torchrun or Slurm started this one, else one."
+    "How many processes train together: `devices` on this machine, or if 0 as torchrun or Slurm started this one, else one. ValueError below 0."
     if devices < 0: raise ValueError(f'devices={devices}: expected how many processes, one per device, or 0')
     if devices: return devices, 1
     told = lambda name: int(os.environ.get(name, 1))
