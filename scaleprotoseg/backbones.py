@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .basics import lookup
+from .basics import UnknownName, lookup
 from .transforms import IMAGENET_MEAN
 from scaleprotoseg.trunks import (
     UNet,
@@ -132,17 +132,16 @@ def register_backbone(name: str):
 
 def build_backbone(config: Mapping          # {'name': key of BACKBONES, option: value, …}
                   ) -> nn.Module:
-    """Build the backbone a config describes. KeyError for an unknown name, TypeError for an unknown option.
+    """Build the backbone a config describes. KeyError for an unknown name or option.
 
     Its convolutions keep the channels of a position together in memory (channels last), and so do the maps that they
     give: the numbers are the same to rounding, the time is less (`benchmarks/network.py`)."""
     options = dict(config)
-    if 'name' not in options: raise KeyError(f"a backbone config needs a 'name'; known: {', '.join(BACKBONES)}")
+    if 'name' not in options: raise UnknownName(f"a backbone config needs a 'name'; known: {', '.join(BACKBONES)}")
     name = options.pop('name')
     build = lookup(BACKBONES, name, 'backbone')
     allowed = inspect.signature(build).parameters
-    if wrong := [k for k in options if k not in allowed]:
-        raise TypeError(f"backbone '{name}' has no option '{wrong[0]}'; its options: {', '.join(allowed)}")
+    for option in options: lookup(allowed, option, f'option of backbone {name!r}')
     backbone = build(**options)
     for weight in (p for p in backbone.parameters() if p.ndim == 4):         # `Module.to` cannot move tensors without values
         weight.data = weight.data.contiguous(memory_format=torch.channels_last)

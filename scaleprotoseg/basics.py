@@ -9,13 +9,14 @@ import difflib
 import json
 import os
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
 
 # %% auto #0
-__all__ = ['UnknownName', 'lookup', 'replace_file', 'read_json', 'write_json', 'from_root', 'Interrupted']
+__all__ = ['UnknownName', 'lookup', 'check_least', 'replace_file', 'read_json', 'write_json', 'from_root', 'Interrupted']
 
 # %% ../nbs/00_basics.ipynb #cell-05
 _T = TypeVar('_T')
@@ -32,6 +33,12 @@ def lookup(registry: Mapping[str, _T], name: str,
     near = difflib.get_close_matches(str(name), registry, n=1)
     hint = f'; did you mean {near[0]!r}?' if near else '.'
     raise UnknownName(f"unknown {kind} {name!r}{hint} Known: {', '.join(sorted(registry)) or 'none'}")
+
+def check_least(least: float, whole: bool = False, **values):
+    "ValueError for the first value that is no number, no whole one where `whole` asks for it, or less than `least`."
+    for name, x in values.items():
+        if isinstance(x, bool) or not isinstance(x, Integral if whole else Real) or not x >= least:
+            raise ValueError(f'{name}={x!r}: expected a {"whole " * whole}number of at least {least:g}')
 
 # %% ../nbs/00_basics.ipynb #cell-09
 def replace_file(path: Path,  # final name

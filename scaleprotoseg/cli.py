@@ -14,6 +14,7 @@ import json
 import os
 import runpy
 import sys
+import traceback
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ from typing import Annotated
 import typer
 
 from . import recipes
-from .basics import Interrupted, from_root, lookup
+from .basics import Interrupted, UnknownName, from_root, lookup
 
 # %% ../nbs/17_cli.ipynb #cell-05
 app = typer.Typer(name='scaleprotoseg', help='Interpretable semantic segmentation with prototypes.', no_args_is_help=True,
@@ -43,7 +44,7 @@ def main():
         from scaleprotoseg.training import speaks      # slow to import
         _end(e, 3) if speaks() else sys.exit()         # of several processes one says how it ended
     except ModuleNotFoundError as e: _end(f'{e.name} is not installed{_extra_of(e.name)}', 2)
-    except (KeyError, ValueError, OSError, ImportError) as e: _end(e, 2)
+    except (KeyError, ValueError, OSError, ImportError) as e: _end(f'missing key {e}' if type(e) is KeyError else e, 2)
 
 _EXTRAS = {'deploy': ('onnx', 'onnxruntime', 'onnxscript'), 'segformer': ('transformers',), 'sbd': ('scipy',),
            'repro': ('pandas', 'seaborn', 'sklearn', 'papermill', 'snakemake', 'nbconvert', 'jupyterlab', 'ipywidgets', 'nbformat', 'IPython')}
@@ -64,7 +65,11 @@ def common(own: Annotated[Path | None, typer.Option('--recipes', help='Python fi
     if own and not own.is_file(): raise FileNotFoundError(f'{own} {"is a folder" if own.is_dir() else "does not exist"} (expected a Python file that calls add_recipes)')
     if own:
         from scaleprotoseg import training  # noqa: F401, makes the datasets known
-        runpy.run_path(str(own))
+        try: runpy.run_path(str(own))
+        except Exception as e:                                                    # somebody's own program: the line says more than our traceback
+            lines = [e.lineno] if isinstance(e, SyntaxError) else [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(own)]
+            said = f'{e}' if isinstance(e, (UnknownName, ValueError)) else f'{type(e).__name__}: {e}'
+            raise ValueError(f'{own}{f", line {lines[-1]}" if lines else ""}: {said}') from e
 
 # %% ../nbs/17_cli.ipynb #cell-09
 @app.command('list')
@@ -113,23 +118,33 @@ def train(context: typer.Context, experiment: str,
 @app.command()
 def check(experiment: str, data_root: DataRoot = None):
     "Read every image and label that an experiment uses, and stop at the first bad one."
-    from scaleprotoseg.data import check_dataset, open_dataset
+    from scaleprotoseg.data import check_dataset, open_dataset, shared_images
     from scaleprotoseg import training  # noqa: F401, makes the datasets known
     known = {e: recipes.recipes_of(e) for e in recipes.experiments()}
     splits = {json.dumps(dict(o)): (r.data.dataset, dict(o)) for r in lookup(known, experiment, 'experiment') for o in r.data.splits.values()}
     for name, options in splits.values():
         facts = check_dataset(open_dataset(name, root=data_root, **options))
         total = sum(facts['class_pixels'].values()) + facts['void_pixels']
-        shares = ', '.join(f'{k} {n / total:.1%}' for k, n in [*facts['class_pixels'].items(), ('void', facts['void_pixels'])] if n or k != 'void')
+        shares = ', '.join(f'{k} {n / total:.1%}' if n else f'{k} no pixel' for k, n in [*facts['class_pixels'].items(), ('void', facts['void_pixels'])] if n or k != 'void')
         print(f'{name} {options}: {facts["images"]} images, contents {facts["contents"][:16]}, pixels: {shares}')
+    for data in {json.dumps([r.data.dataset, dict(r.data.splits)]): r.data for r in known[experiment]}.values():
+        train, val = (open_dataset(data.dataset, root=data_root, **data.splits[role]) for role in ('train', 'val'))
+        if both := shared_images(train, val): print(f'warning: {len(both)} images are in the train split and in the val split: {", ".join(both[:9])}', file=sys.stderr)
 
 # %% ../nbs/17_cli.ipynb #cell-12
+def _check_output(output: Path, image: Path, *endings: str):
+    "Before anything is computed: the name, its folder, and that the picture itself is not replaced."
+    if output.suffix.lower() not in endings: raise ValueError(f'{output}: expected a file that ends in {" or ".join(endings)}')
+    if not output.parent.is_dir(): raise FileNotFoundError(f'{output.parent} does not exist; expected the folder for {output.name}')
+    if output.exists() and image.exists() and output.samefile(image): raise FileExistsError(f'{output} is the picture itself; choose another --output')
+
 @app.command()
 def predict(run: Annotated[Path, typer.Argument(help='Folder of a finished stage or seed.')], image: Path,
             output: Annotated[Path, typer.Option(help='Colour map of the classes (PNG).')] = Path('prediction.png'), device: Device = 'cpu'):
     "Segment an image of any size."
     from PIL import Image
     from scaleprotoseg.predict import load
+    _check_output(output, image, '.png')
     model = load(run, device=device)
     print(f'model: {model.folder}', file=sys.stderr)
     label = model.predict(image)
@@ -143,14 +158,17 @@ def explain(run: Annotated[Path, typer.Argument(help='Folder of a finished stage
             output: Annotated[Path, typer.Option(help='Picture (PNG) of the explanation; the data go beside it as JSON.')] = Path('explanation.png'),
             device: Device = 'cpu'):
     "Say which groups, prototypes and training patches decided the class of a pixel."
-    from scaleprotoseg.basics import write_json
+    from scaleprotoseg.basics import read_json, write_json
     from scaleprotoseg.predict import load
-    model = load(run, device=device)
     if not output.suffix: output = output.with_suffix('.png')
+    _check_output(output, image, '.png', '.pdf', '.svg')
+    if (beside := output.with_suffix('.json')).is_file() and 'evidence' not in read_json(beside):
+        raise FileExistsError(f'{beside} is no explanation and is not replaced; choose another --output')
+    model = load(run, device=device)
     why = model.explain(image, at=at)
     why.plot().savefig(output, bbox_inches='tight', dpi=150)
-    write_json(output.with_suffix('.json'), {'model': str(model.folder), 'image': str(image), **why.to_dict()})
-    print(f'{output} and {output.with_suffix(".json")} written')
+    write_json(beside, {'model': str(model.folder), 'image': str(image), **why.to_dict()})
+    print(f'{output} and {beside} written')
 
 # %% ../nbs/17_cli.ipynb #cell-15
 Split = Annotated[str, typer.Option(help='Split of the dataset.')]
@@ -188,7 +206,9 @@ def evaluate(run: Annotated[Path, typer.Argument(help='Folder of a finished stag
     from scaleprotoseg.training import results
     if output and not output.parent.is_dir(): raise FileNotFoundError(f'{output.parent} does not exist; expected the folder for {output.name}')
     predictor, how, data, _ = _trained(run, split, dataset, data_root, device, window, best)
-    found = results(predictor.model, count(predictor.model, data, predictor.device, how, f'{split} split'), data.labels)
+    counts = count(predictor.model, data, predictor.device, how, f'{split} split')
+    if not counts.sum(): raise ValueError(f'the {split} split has no labelled pixel in its {len(data)} images; `export` writes predictions of such')
+    found = results(predictor.model, counts, data.labels)
     for name, iou in found['iou'].items(): print(f'{name}: {"does not occur" if iou is None else f"{iou:.4f}"}')
     print(f'mIoU {found["miou"]:.4f}, pixel accuracy {found["accuracy"]:.4f}, {len(data)} images')
     if output: write_json(output, found)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import operator
 import os
@@ -30,7 +31,7 @@ from .basics import lookup
 # %% auto #0
 __all__ = ['DATASETS', 'palette', 'Labels', 'in_unit', 'Sample', 'Dataset', 'read_ahead', 'register_dataset', 'open_dataset',
            'rng', 'image_to_tensor', 'read_pixels', 'read_image', 'read_label', 'read_pair', 'Folder', 'em_validation',
-           'EM', 'fingerprint', 'files_state', 'check_dataset']
+           'EM', 'fingerprint', 'files_state', 'check_dataset', 'shared_images']
 
 # %% ../nbs/00_data.ipynb #cell-05
 _OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
@@ -57,6 +58,8 @@ class Labels:
     ignore: ClassVar[int] = -1   # void
 
     def __post_init__(self):
+        if wrong := [n for n in self.names if not isinstance(n, str) or not n or n != n.strip()]:
+            raise ValueError(f'a class name is text without blanks around it, got {wrong[0]!r}')
         if not self.names or len(set(self.names)) != len(self.names):
             raise ValueError(f'class names must be present and differ, got {list(self.names)}')
         if len(self.colors) != len(self.names):
@@ -156,8 +159,12 @@ def open_dataset(name: str, split: str,
                  root: str | Path | None = None,  # folder of the files; None: `data`, or nothing for a rendered dataset
                  **options                        # the dataset's own
                 ) -> Dataset:
-    "Open one split of a registered dataset. Raises `UnknownName` for a wrong dataset or split."
-    return lookup(DATASETS, name, 'dataset')(split, root=root, **options)
+    "Open one split of a registered dataset. Raises `UnknownName` for a wrong dataset, option or split."
+    build = lookup(DATASETS, name, 'dataset')
+    takes = inspect.signature(build).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        for option in options: lookup(takes, option, f'option of dataset {name!r}')
+    return build(split, root=root, **options)
 
 # %% ../nbs/00_data.ipynb #cell-20
 def rng(*keys: str | int  # the order and the type of the keys matter: 1 is not '1'
@@ -244,7 +251,7 @@ _NO_CLASS = -2
 def _raw_labels(path: str | Path, frame: int | None = None) -> np.ndarray:
     "File values of a single-channel label file, (H, W) in 0..65535, of the type they have there."
     im = _decode(path, 'a label map: one channel, palette indices or greyscale', frame)
-    raw = np.asarray(im)
+    raw = np.asarray(ImageOps.exif_transpose(im))       # as pictures are
     if raw.ndim != 2 or raw.dtype.kind not in 'bui':
         raise ValueError(f'{path} has mode {im.mode}; expected a single channel whose values are class ids '
                          '(palette indices, 8- or 16-bit greyscale). Save the ids, not their colours.')
@@ -276,7 +283,7 @@ def read_pair(image: str | Path, label: str | Path, mapping: Mapping[int, int], 
     if x.shape[1:] != y.shape:
         (h, w), (lh, lw) = x.shape[1:], y.shape
         raise ValueError(f'sizes differ: {image} is {w}x{h} but its label map {label} is {lw}x{lh} (width x height). '
-                         'A label map needs the size of its image.')
+                         'A label map needs the size of its image' + (', which was turned as its EXIF tag says.' if (h, w) == (lw, lh) else '.'))
     return x, y
 
 # %% ../nbs/00_data.ipynb #cell-31
@@ -294,6 +301,7 @@ def _read_labels_json(path: Path) -> tuple[Labels, dict[int, int]]:
     try:
         d = json.loads(path.read_text(encoding='utf-8-sig'))
         for key in d: lookup(dict.fromkeys(('names', 'void', 'values', 'colors')), key, 'key')
+        if not isinstance(d['names'], list): raise TypeError(f'"names" is {d["names"]!r}, expected a list')
         labels, void = Labels.from_dict(d), list(d.get('void', []))
         values = list(d.get('values', range(len(labels))))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -323,17 +331,19 @@ def _pictures(d: Path) -> dict[str, Path]:
 
 @register_dataset('folder')
 class Folder:
-    "Your own images and label maps, described by `labels.json`. `root` defaults to the folder `data`."
+    """Your own images and label maps, described by `labels.json`. `root` defaults to the folder `data`.
+
+    Where `images/SPLIT` has no `labels/SPLIT` beside it, the split is one to predict: its labels are void."""
     def __init__(self, split: str, root: str | Path | None = None):
         self.root = Path('data' if root is None else root)
         self.labels, self.mapping = _read_labels_json(self.root/'labels.json')
         self.ids, self._files = self._list(split)
         if not self.ids: raise ValueError(f'split {split!r} of {self.root} has no images. Expected:{_FOLDER_TREE}')
-        if gone := [f for pair in self._files for f in pair if not f.is_file()]:
+        if gone := [f for f in self.files() if not f.is_file()]:
             raise FileNotFoundError(f'{gone[0]} does not exist ({len(gone)} file(s) of split {split!r} are missing). '
                                     f'Expected in {self.root}:{_FOLDER_TREE}')
 
-    def _list(self, split: str) -> tuple[list[str], list[tuple[Path, Path]]]:
+    def _list(self, split: str) -> tuple[list[str], list[tuple[Path, Path | None]]]:
         "Ids and (image, label) files of a split, from the text file or else the sub-folder."
         images, labels = self.root/'images', self.root/'labels'
         splits = {p.stem: p for p in (*images.glob('*/'), *self.root.glob('*.txt'))}
@@ -344,17 +354,21 @@ class Folder:
             found = _pictures(where)
             if alone := sorted(p for p in (labels/split).glob('*.png') if p.stem not in found and not p.name.startswith('.')):
                 raise FileNotFoundError(f'{alone[0]} has no image in {where} ({len(alone)} such file(s)). Move it away, or add the image.')
-            return list(found), [(p, labels/split/f'{i}.png') for i, p in found.items()]
+            return list(found), [(p, labels/split/f'{i}.png' if (labels/split).is_dir() else None) for i, p in found.items()]
         ids = [line.strip() for line in where.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
         if twice := _repeated(ids): raise ValueError(f'{where} lists {twice!r} twice.')
         there = {d: _pictures(d) for d in {(images/i).parent for i in ids}}
         return ids, [(there[(images/i).parent].get(Path(i).name, images/f'{i}.jpg'), labels/f'{i}.png') for i in ids]
 
-    def files(self) -> list[Path]: return [self.root/'labels.json', *(f for pair in self._files for f in pair)]
+    def files(self) -> list[Path]: return [self.root/'labels.json', *(f for pair in self._files for f in pair if f)]
 
     def __len__(self): return len(self.ids)
 
-    def __getitem__(self, i: int) -> Sample: return Sample(*read_pair(*self._files[i], self.mapping), id=self.ids[i])
+    def __getitem__(self, i: int) -> Sample:
+        image, label = self._files[i]
+        if label: return Sample(*read_pair(image, label, self.mapping), id=self.ids[i])
+        x = read_pixels(image)
+        return Sample(x, torch.full(x.shape[1:], Labels.ignore), id=self.ids[i])
 
 # %% ../nbs/00_data.ipynb #cell-36
 _EM_TREE = """
@@ -456,3 +470,8 @@ def check_dataset(ds: Dataset, progress: bool = True) -> dict[str, Any]:
         contents.update(json.dumps([s.id, *s.label.shape, *counts.tolist()]).encode())
     return dict(images=len(ds), fingerprint=fingerprint(ds), contents=contents.hexdigest(),
                 class_pixels=dict(zip(ds.labels.names, total[:-1].tolist())), void_pixels=int(total[-1]))
+
+def shared_images(a: Dataset, b: Dataset) -> list[str]:
+    "Ids that both splits have, of the same image."
+    there = {x: i for i, x in enumerate(a.ids)}
+    return [x for i, x in enumerate(b.ids) if x in there and torch.equal(a[there[x]].image, b[i].image)]

@@ -23,7 +23,7 @@ from .datasets import CITYSCAPES_PARTS, PASCAL_PARTS
 from .heads import GroupHead
 from .interpretability import strongest_area
 from .model import Model, Output
-from .projection import Source, load_sheet
+from .projection import TILES_PER_ROW, Source, load_sheet
 from .scales import spread
 
 if TYPE_CHECKING:   # matplotlib is slow to import: every plot function does it for itself
@@ -76,8 +76,9 @@ def read_atlas(folder: str | Path) -> Atlas:
     except OSError as e:
         if isinstance(e, FileNotFoundError): raise
         raise ValueError(f'{path.with_name("patches.webp")} is damaged ({e}); run the `project` stage again') from e
-    if sources and max(s.tile for s in sources) >= len(tiles):
-        raise ValueError(f'{path} names more patches than patches.webp holds; run the `project` stage again')
+    rows = max(1, -(-len(sources) // TILES_PER_ROW))
+    if rows * TILES_PER_ROW != len(tiles) or any(s.tile >= len(sources) for s in sources) or (not sources and tiles.any()):
+        raise ValueError(f'{path} names other patches ({len(sources)}) than patches.webp holds; run the `project` stage again')
     return Atlas(sources, tiles[:len(sources)])
 
 # %% ../nbs/13_explain.ipynb #cell-12

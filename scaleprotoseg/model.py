@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbones import build_backbone, freeze_batch_norm_
-from .basics import lookup, replace_file, write_json
+from .basics import UnknownName, check_least, lookup, replace_file, write_json
+from .protocols import check_model
 from .heads import (DirectHead, GroupHead, LinearHead, NearestHead, PixelHead, group_activations, group_logits,
                                  linear_logits)
 from .prototypes import SIMILARITIES, Prototypes, full_precision
@@ -195,11 +196,18 @@ def pick_device(name: str | torch.device = 'auto') -> torch.device:
     return device
 
 # %% ../nbs/06_model.ipynb #cell-13
-def build_model(config: dict,  # keys: backbone (dict), head (name), activation, classes, scales, channels; per_class, groups, similarity
-               ) -> Model:
+_ABOUT = ('labels', 'evaluation', 'recipe', 'stage')   # what a saved description says besides
+
+def build_model(config: dict) -> Model:
     """A fresh model from its description; heads `linear`, `groups` and `nearest` have prototypes, `direct` and `pixel` do not.
 
-    KeyError for unknown names, ValueError for parts that do not fit together."""
+    Keys: `backbone` (a dict, see `build_backbone`), `head`, `activation` (none, sigmoid or unit) and `classes`; for all heads but `direct` `scales` and
+    `channels`, for those with prototypes `per_class` and, if not `log`, `similarity` (cosine), for groups `groups`.
+    KeyError for unknown names and missing keys, ValueError for wrong numbers and parts that do not fit together."""
+    for key in config: lookup(dict.fromkeys(('backbone', 'head', 'activation', 'classes', 'scales', 'channels', 'per_class', 'groups', 'similarity', *_ABOUT)), key, 'key of a model')
+    if missing := {'head', 'classes'} - config.keys(): raise UnknownName(f'a model needs {", ".join(map(repr, sorted(missing)))}; there are {", ".join(map(repr, config)) or "none"}')
+    check_model(config, config['head'])
+    check_least(1, whole=True, classes=config['classes'])
     c, similarity = config, config.get('similarity', 'log')
     prototypes_of = lookup(SIMILARITIES, similarity, 'similarity')
     if (similarity == 'cosine') != (c['activation'] == 'unit'):

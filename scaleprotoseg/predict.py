@@ -205,7 +205,7 @@ class Predictor:
                 at: Sequence[int] | np.ndarray | Tensor | None = None,  # (row, column), or a mask (H, W) of bool
                 cls: int | str | None = None,                           # the class to explain; None: the predicted one
                ) -> Explanation | dict[str, Explanation]:
-        """Why a point or region got its class; for `at=None` one explanation per predicted class, by name.
+        """Why a point or region got its class; for `at=None` one explanation per predicted class, by name (of `cls` alone if given; none where it is not predicted).
 
         The image is looked at as a whole: where a recipe tests with sliding windows, `predict` may give another class than is explained.
 
@@ -272,6 +272,8 @@ def load(run_dir: str | Path,   # a finished stage, or runs/EXPERIMENT/METHOD/se
     config = read_config(folder)
     try: labels = Labels.from_dict(config['labels'])
     except (KeyError, TypeError) as e: raise ValueError(f'{folder}/config.json names no classes ({e!r})') from e
+    if best and not (folder / 'best_head.safetensors').is_file():
+        raise FileNotFoundError(f'{folder} kept no best weights: it was not validated while it trained (eval_every=0), or is no training; take the last ones')
     model = load_model(folder, 'best_' if best else '').to(device)
     has_atlas = model.prototypes is not None and (folder / 'prototypes.json').is_file()
     return Predictor(model, labels, folder, device, read_atlas(folder) if has_atlas else None,

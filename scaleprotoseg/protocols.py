@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .basics import UnknownName, check_least, lookup
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['Draw', 'Warp', 'Augment', 'Evaluation']
+__all__ = ['HEAD_NEEDS', 'Draw', 'Warp', 'Augment', 'Evaluation', 'check_model']
 
 # %% ../nbs/00_protocols.ipynb #cell-05
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Augment:
     warp:  Warp | None = None                 # a small affine distortion of the crop, and blur
 
     def __post_init__(self):
-        if min(self.crop) < 1: raise ValueError(f'crop must be at least 1x1, got {self.crop}')
+        if not isinstance(self.crop, (tuple, list)) or len(self.crop) != 2: raise ValueError(f'crop={self.crop!r}: expected (height, width)')
+        for side in self.crop: check_least(1, whole=True, crop=side)
         if not 0 < self.scale[0] <= self.scale[1]: raise ValueError(f'scale needs 0 < low <= high, got {self.scale}')
         if not 0 <= self.flip <= 1: raise ValueError(f'flip is a probability, got {self.flip}')
 
@@ -80,3 +83,15 @@ class Evaluation:
         H, W = image.shape[-2:]
         size = self.size or self.shorter and tuple(n * self.shorter // min(H, W) for n in (H, W)) or (H, W)    # rounded down as torchvision does
         return image if size == (H, W) else interpolate(image, size, mode='bilinear', align_corners=False)
+
+# %% ../nbs/00_protocols.ipynb #cell-heads-1
+HEAD_NEEDS = {'linear': ('scales', 'channels', 'per_class'), 'groups': ('scales', 'channels', 'per_class', 'groups'),
+              'nearest': ('scales', 'channels', 'per_class'), 'pixel': ('scales', 'channels'), 'direct': ()}
+
+def check_model(model: Mapping,  # backbone, activation, scales, channels, per_class, groups
+                head: str):
+    "KeyError for an unknown head and for what it needs and is not there, ValueError for numbers that are not whole and at least 1."
+    needs = lookup(HEAD_NEEDS, head, 'head')
+    for key in ('backbone', 'activation', *needs):
+        if key not in model: raise UnknownName(f'a model with head {head!r} needs {key!r}; there are {", ".join(map(repr, model)) or "none"}')
+    check_least(1, whole=True, **{k: model[k] for k in needs})

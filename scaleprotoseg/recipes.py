@@ -20,10 +20,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 
-from .basics import lookup
-from .protocols import Augment, Evaluation, Warp
+from .basics import check_least, lookup
+from .protocols import HEAD_NEEDS, Augment, Evaluation, Warp, check_model
 
 # %% ../nbs/10_recipes.ipynb #cell-04
+_PARTS = {'trunk': HEAD_NEEDS, 'aspp': HEAD_NEEDS, 'prototypes': ('linear', 'groups', 'nearest'), 'groups': ('groups',), 'last': ('linear', 'groups', 'pixel')}
+_LOSSES = {'diversity': ('linear', 'groups', 'nearest'), 'l1': ('linear', 'groups'), 'entropy': ('groups',),
+           'momentum': ('linear', 'groups', 'nearest')}    # what a stage trains and minimises -> heads that have it
+
 @dataclass(frozen=True)
 class Train:
     "Optimisation of one stage: one fresh optimiser per stage (spec 4.1)."
@@ -52,8 +56,12 @@ class Train:
     legacy_draw: bool = False    # draw what moves prototypes as the published prototype view did, which makes them collapse
 
     def __post_init__(self):
-        if self.steps < 1: raise ValueError(f'a training stage needs at least one step, got {self.steps}')
-        if min(self.batch, self.accumulate) < 1: raise ValueError(f'batch={self.batch}, accumulate={self.accumulate}: expected at least 1 of each')
+        check_least(1, whole=True, steps=self.steps, batch=self.batch, accumulate=self.accumulate)
+        check_least(0, whole=True, rise=self.rise, views=self.views, eval_every=self.eval_every)
+        check_least(0, **{k: getattr(self, k) for k in ('power', 'decay', 'diversity', 'l1', 'entropy', 'lovasz', 'bias_lr', 'contrast', 'distance')})
+        for part, rate in self.lr.items():
+            lookup(_PARTS, part, 'part to train')
+            check_least(0, **{f'learning rate of {part}': rate})
         lookup(dict.fromkeys(('adam', 'sgd', 'adamw')), self.optimizer, 'optimizer')
         if not 0 <= self.rise < self.steps: raise ValueError(f'rise={self.rise}: expected a part of the {self.steps} steps')
         if self.views and ({'trunk', 'aspp', 'prototypes'} & set(self.lr) or self.momentum):
@@ -90,6 +98,17 @@ class Stage:
         if self.rescale and (self.kind, self.head) != ('project', 'linear'):
             raise ValueError(f'stage {self.name!r}: rescale=True is for kind project and a linear head, not for {self.kind} and {self.head}')
         for name in self.legacy: lookup(dict.fromkeys(('touched', 'absent')), name, 'legacy rule of projection')
+        lookup(HEAD_NEEDS, self.head, 'head')
+        if (self.kind == 'train') != isinstance(self.train, Train): raise ValueError(f'stage {self.name!r}: a stage of kind train, and no other, has a Train; got {self.train!r}')
+        for what, heads in (*((part, _PARTS[part]) for part in (self.train.lr if self.train else ())),
+                            *((loss, heads) for loss, heads in _LOSSES.items() if self.train and getattr(self.train, loss))):
+            if self.head not in heads: raise ValueError(f'stage {self.name!r}: the head {self.head!r} has no {what}; heads that have: {", ".join(heads)}')
+        if self.kind == 'threshold':
+            check_least(0, tau=self.tau)
+            if self.tau >= 1: raise ValueError(f'stage {self.name!r}: tau={self.tau}: expected less than 1, which no weight of a group exceeds')
+        if self.kind == 'prune':
+            check_least(1, whole=True, k=self.k, keep=self.keep)
+            if self.keep > self.k: raise ValueError(f'stage {self.name!r}: keep={self.keep} of k={self.k} patches: expected no more than there are')
 
 # %% ../nbs/10_recipes.ipynb #cell-06
 @dataclass(frozen=True)
@@ -103,6 +122,14 @@ class Data:
     in_memory: bool = False      # keep decoded samples (small datasets)
     warp: Warp | None = None     # further augmentation
     evaluation: Evaluation = Evaluation()   # how validation images are fed
+
+    def __post_init__(self):
+        roles = ('train', 'push', 'val')
+        for role in self.splits: lookup(dict.fromkeys(roles), role, 'role of a split')
+        for role in roles:
+            if not isinstance(options := self.splits.get(role), Mapping) or 'split' not in options:
+                raise ValueError(f"splits[{role!r}]={options!r}: expected the dataset's options for this role, such as {{'split': 'train'}}")
+        Augment(self.crop, self.scale, self.flip, self.warp)      # raises for a wrong crop, scale or flip
 
     @property
     def augment(self) -> Augment:
@@ -130,7 +157,15 @@ class Recipe:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self):
+        for what, name in (('experiment', self.experiment), ('method', self.method), ('variant', self.variant)):
+            if not re.fullmatch(r'\w[\w.+-]*', name) and (name or what != 'variant'):
+                raise ValueError(f'{what} {name!r}: expected letters, digits and any of _ . + -, since it names a folder')
+        if not self.stages: raise ValueError(f'{self.name} has no stages')
         for key in self.model: lookup(_OF_MODEL, key, f'part of the model of {self.name}')
+        for head in dict.fromkeys(s.head for s in self.stages):
+            try: check_model(self.model, head)
+            except (KeyError, ValueError) as e: raise type(e)(f'{self.name}: {e}') from None
+        for seed in self.seeds: check_least(0, whole=True, seed=seed)
         if self.model['backbone'].get('inputs') and any(s.train and s.train.views for s in self.stages):
             raise ValueError(f'{self.name}: views keep one similarity map per image, but input scales have one loss each')
 

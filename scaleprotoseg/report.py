@@ -9,6 +9,7 @@ import base64
 import io
 import re
 import statistics
+import sys
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -972,6 +973,7 @@ def pack_results(experiment: str, archive: str | Path, runs: str | Path = 'runs'
              if p.is_file() and not p.name.startswith('.') and 'backbone' not in p.name}
     files |= {Path('figures') / p.relative_to(figures): p for p in sorted((Path(figures) / experiment).rglob('*'))
               if p.is_file() and p.suffix != '.pdf'}
+    if not any(name.parts[0] == 'figures' for name in files): print(f'no figures of {experiment} in {figures}: packed without', file=sys.stderr)
     def anonymous(entry):
         entry.uid = entry.gid = 0
         entry.uname = entry.gname = ''

@@ -45,7 +45,9 @@ def read_metrics(folder: Path) -> dict:
     "The results of a finished stage. Raises FileNotFoundError that says which command makes them."
     if not is_finished(folder):
         raise FileNotFoundError(f'{folder} holds no finished stage (no metrics.json); run it with `scaleprotoseg run`')
-    return read_json(folder / 'metrics.json')
+    found = read_json(folder / 'metrics.json')
+    if not isinstance(found, dict) or 'miou' not in found: raise ValueError(f'{folder / "metrics.json"} is damaged: it has no "miou"; move {folder} away and run the stage again')
+    return found
 
 # %% ../nbs/11_runs.ipynb #cell-08
 @contextmanager

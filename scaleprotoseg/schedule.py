@@ -53,7 +53,7 @@ def trainings(experiment: str, methods: Iterable[str] = (),  # as `scaleprotoseg
     known = {r.name.split('/')[1]: r for r in lookup({e: recipes_of(e) for e in experiments()}, experiment, 'experiment')}
     asked = {lookup(known, m, f'method of experiment {experiment!r}').name for m in methods} or {r.name for r in known.values()}
     while more := {n.split(' ')[0] for r in known.values() if r.name in asked for n in Training(r, 0).waits_for} - asked: asked |= more
-    chosen, seeds = [r for r in known.values() if r.name in asked], list(seeds)
+    chosen, seeds = [r for r in known.values() if r.name in asked], dict.fromkeys(seeds)
     rank = lambda t: (t.seed, bool(t.recipe.variant))                          # sorting keeps the order of the recipes
     return sorted((Training(r, s) for r in chosen for s in seeds or r.seeds), key=rank)
 
@@ -74,10 +74,10 @@ def run_trainings(todo: Sequence[Training],
     waiting, running, ended = {t.name: t for t in todo}, {}, {}              # by name: trainings, processes, exit codes
     with stopping(max_minutes) as stop, tqdm(total=len(todo), desc='trainings', disable=len(todo) < 2) as bar:
         while running or (waiting and not stop()):
-            lost = [n for n, t in waiting.items() if any(ended.get(x) for x in t.waits_for)]
-            for n in lost:
+            for n, before in [(n, {ended.get(x) for x in t.waits_for}) for n, t in waiting.items()]:
+                if before <= {None, 0}: continue
                 del waiting[n]
-                ended[n] = NOT_STARTED
+                ended[n] = 3 if before <= {None, 0, 3} else NOT_STARTED      # what it waits for can go on, and then it can
             ready = [n for n, t in waiting.items() if not t.waits_for & {*waiting, *running}] if not stop() else []
             for n in ready[:jobs - len(running)]:
                 t = waiting.pop(n)
@@ -91,12 +91,19 @@ def run_trainings(todo: Sequence[Training],
                 ended[n] = 3 if stop() and code == -signal.SIGTERM else code      # asked before it could listen
                 bar.update(ended[n] == 0)
         why = stop()
-    failed = [f'{n}: {code if code == NOT_STARTED else f"exit code {code}"}' for n, code in ended.items() if code not in (0, 3)]
+    where = {t.name: log(t) for t in todo}
+    failed = [f'{n}: {_said(code, where[n])}' for n, code in ended.items() if code not in (0, 3)]
     if failed: raise TrainingsFailed(f'{len(failed)} of {len(todo)} trainings failed; the same command tries them again. ' + '; '.join(failed))
     if left := len(todo) - sum(code == 0 for code in ended.values()):
         raise Interrupted(f'{why or "stopped"} with {left} of {len(todo)} trainings to go; the same command continues')
 
 NOT_STARTED = 'not started, since what it waits for failed'
+
+def _said(code, log):
+    "How a training ended, with the last line of its log."
+    if code == NOT_STARTED or log is None: return code if code == NOT_STARTED else f'exit code {code}'
+    last = log.read_text(encoding='utf-8', errors='replace').replace('\r', '\n').strip().split('\n')[-1] if log.is_file() else ''
+    return f'exit code {code}, {log}' + (f' ends with "{last[:300]}"' if last else ' is empty')
 
 def _start(command, log, environment):
     if log is None: return subprocess.Popen(command, env=environment)

@@ -8,9 +8,9 @@ __all__ = ['OPTIMIZERS', 'SAVE_SECONDS', 'COLLAPSED', 'READ_EVERY', 'KINDS', 'PR
            'followed_sums', 'parameter_groups', 'make_optimizer', 'set_learning_rate', 'Job', 'model_config',
            'initial_backbone', 'start_model', 'FrozenViews', 'frozen_since', 'train_stage', 'project_stage',
            'prune_stage', 'threshold_stage', 'veto_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data',
-           'check_split', 'check_labelled', 'check_same_data', 'check_parent', 'check_before_veto', 'check_recipe',
-           'stopping', 'processes', 'make_fabric', 'speaks', 'check_division', 'run_stage', 'find_equal', 'adopt',
-           'run_method']
+           'check_split', 'check_labelled', 'check_same_data', 'check_finished', 'check_parent', 'check_before_veto',
+           'check_recipe', 'stopping', 'processes', 'make_fabric', 'speaks', 'check_division', 'run_stage',
+           'find_equal', 'adopt', 'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
 import atexit
@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from . import datasets, partscapes  # noqa: F401, make their datasets known
 from .basics import Interrupted, lookup, read_json, write_json
 from .clustering import assign, assigned_sums, follow_, most_alike
-from .data import Sample, check_dataset, files_state, fingerprint, open_dataset, read_ahead, rng
+from .data import Sample, check_dataset, files_state, fingerprint, open_dataset, read_ahead, rng, shared_images
 from .evaluation import evaluate
 from .failures import check_veto, count_blame, drawn_at_random, most_blamed
 from .heads import GroupHead
@@ -658,6 +658,8 @@ def check_split(job: Job, role: str) -> dict:
     record = job.out / job.recipe.experiment / 'data' / f'{where.hexdigest()[:16]}.json'
     if not record.is_file():
         record.parent.mkdir(parents=True, exist_ok=True)
+        if role == 'val' and (both := shared_images(job.data('train'), dataset)):
+            warnings.warn(f'{job.recipe.name}: {len(both)} images are in the train split and in the val split ({", ".join(both[:3])}, …): scores are of images that were learned', stacklevel=2)
         write_json(record, check_dataset(dataset, progress=len(dataset) > 500))
     found = read_json(record)
     if role in ('train', 'val') and not job.parent: check_labelled(found, f'the {role} split of {job.recipe.name}', warn=role == 'train')
@@ -667,7 +669,7 @@ def check_labelled(found: dict,   # of `check_dataset`
                    what: str, warn: bool = True):
     "ValueError if all is void; and if asked for, a warning that names classes without a pixel."
     never = [name for name, n in found['class_pixels'].items() if not n]
-    if len(never) == len(found['class_pixels']): raise ValueError(f'{what} has no labelled pixel: all of its {found["images"]} label maps are void')
+    if len(never) == len(found['class_pixels']): raise ValueError(f'{what} has no labelled pixel: all of its {found["images"]} label maps are void, or there are none')
     if never and warn: warnings.warn(f'{what} never shows {", ".join(never)}', stacklevel=2)
 
 def check_same_data(job: Job, data: dict):  # of `check_data`
@@ -678,8 +680,19 @@ def check_same_data(job: Job, data: dict):  # of `check_data`
     for role, now in data.items():
         alike = (init.data.dataset, init.data.splits.get(role)) == (job.recipe.data.dataset, job.recipe.data.splits[role])
         if alike and (then := made.get(role, now)) != now:
-            raise ValueError(f'{folder} was made of other {role} images than there are now ({then.get("images")} images, contents {then.get("contents")}; '
-                             f'now {now["images"]}, {now["contents"]}); put those back, or choose another output folder')
+            raise ValueError(_other_images(folder, role, then, now))
+
+def check_finished(job: Job):
+    "ValueError if a finished stage was made of other images than there are now. Without the images it stands as it is."
+    try: now = check_data(job)
+    except FileNotFoundError as e: return print(f'{job.folder}: finished earlier, its images were not looked at ({e})', file=sys.stderr)
+    made = read_json(job.folder / 'provenance.json').get('data', {})
+    for role in now.keys() & made.keys():
+        if now[role] != made[role]: raise ValueError(_other_images(job.folder, role, made[role], now[role]))
+
+def _other_images(folder, role, then, now):
+    return (f'{folder} was made of other {role} images than there are now ({then.get("images")} images, contents {then.get("contents")}; '
+            f'now {now["images"]}, {now["contents"]}); put those back, or choose another output folder')
 
 def check_parent(job: Job):
     "The stage before must be finished, and made by the same recipe."
@@ -708,8 +721,8 @@ def check_before_veto(job: Job, data: dict):  # of `check_data`
 
 def check_recipe(folder: Path, recipe: Recipe, stage: str):
     "A finished or half-done folder of another recipe is neither reused nor overwritten."
-    note = folder / 'recipe.json'
-    if note.is_file() and (found := json.loads(note.read_text())) != recipe.digest(stage):
+    note, begun = folder / 'recipe.json', any((folder / name).is_file() for name in ('log.csv', 'metrics.json'))
+    if begun and note.is_file() and (found := read_json(note)) != recipe.digest(stage):
         raise ValueError(f'{folder} was made by another recipe ({found}, now {recipe.digest(stage)}); move it away or choose another output folder')
 
 # %% ../nbs/12_training.ipynb #cell-30
@@ -820,6 +833,7 @@ def run_stage(experiment: str, method: str, stage: str, variant: str = '', seed:
         check_recipe(job.folder, recipe, stage)
         if job.first(is_finished, job.folder):
             if job.writes: (job.folder / 'resume.safetensors').unlink(missing_ok=True)   # killed between the last two lines of `_finish`
+            if job.writes and job.data_root: check_finished(job)
             return job.folder
         if why := job.reason(): raise Interrupted(f'{job.folder}: {why} before it began; the same command continues')
         check_parent(job)
@@ -834,7 +848,7 @@ def find_equal(job: Job, data: dict) -> Path | None:
     digest = job.recipe.digest(job.stage.name)
     for note in sorted(job.out.glob(f'*/*/seed{job.seed}/{job.stage.name}/recipe.json')):
         folder = note.parent
-        if folder == job.folder or not is_finished(folder) or json.loads(note.read_text()) != digest: continue
+        if folder == job.folder or not is_finished(folder) or read_json(note) != digest: continue
         made = read_json(folder / 'provenance.json')
         if all(made.get(k) == v for k, v in {'data': data, **{k: job.session(0)[k] for k in ('device', 'precision')}}.items()): return folder
     return None

@@ -94,7 +94,7 @@ CHANGED = {   # by ablation; the others change stages alone
 def test_ablations_change_what_they_say_and_nothing_else():
     for r in (r for r in RECIPES.values() if r.experiment.endswith('-ablations')):
         main = find_recipe(r.experiment.removesuffix('-ablations'), r.method)
-        a, b = asdict(replace(r, experiment='', variant='')), asdict(replace(main, experiment='', variant=''))
+        a, b = asdict(replace(r, experiment='x', variant='')), asdict(replace(main, experiment='x', variant=''))
         assert a != b, r.name
         expected = CHANGED.get(r.variant, {'stages'})
         assert {k for k in a if a[k] != b[k]} == expected, r.name
