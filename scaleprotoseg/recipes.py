@@ -124,9 +124,8 @@ class Data:
     evaluation: Evaluation = Evaluation()   # how validation images are fed
 
     def __post_init__(self):
-        roles = ('train', 'push', 'val')
-        for role in self.splits: lookup(dict.fromkeys(roles), role, 'role of a split')
-        for role in roles:
+        for role in self.splits: lookup(dict.fromkeys(('train', 'push', 'val')), role, 'role of a split')
+        for role in dict.fromkeys(('train', 'val', *self.splits)):
             if not isinstance(options := self.splits.get(role), Mapping) or 'split' not in options:
                 raise ValueError(f"splits[{role!r}]={options!r}: expected the dataset's options for this role, such as {{'split': 'train'}}")
         Augment(self.crop, self.scale, self.flip, self.warp)      # raises for a wrong crop, scale or flip
@@ -161,6 +160,8 @@ class Recipe:
             if not re.fullmatch(r'\w[\w.+-]*', name) and (name or what != 'variant'):
                 raise ValueError(f'{what} {name!r}: expected letters, digits and any of _ . + -, since it names a folder')
         if not self.stages: raise ValueError(f'{self.name} has no stages')
+        if 'push' not in self.data.splits and any(s.kind in ('project', 'prune') for s in self.stages):
+            raise ValueError(f"{self.name}: splits['push'] is missing, the images whose patches become prototypes")
         for key in self.model: lookup(_OF_MODEL, key, f'part of the model of {self.name}')
         for head in dict.fromkeys(s.head for s in self.stages):
             try: check_model(self.model, head)

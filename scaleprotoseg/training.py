@@ -659,7 +659,7 @@ def check_split(job: Job, role: str) -> dict:
     if not record.is_file():
         record.parent.mkdir(parents=True, exist_ok=True)
         if role == 'val' and (both := shared_images(job.data('train'), dataset)):
-            warnings.warn(f'{job.recipe.name}: {len(both)} images are in the train split and in the val split ({", ".join(both[:3])}, …): scores are of images that were learned', stacklevel=2)
+            warnings.warn(f'{job.recipe.name}: {len(both)} images are in the train split and in the val split ({", ".join(both[:3])}{", …" * (len(both) > 3)}): scores are of images that were learned', stacklevel=2)
         write_json(record, check_dataset(dataset, progress=len(dataset) > 500))
     found = read_json(record)
     if role in ('train', 'val') and not job.parent: check_labelled(found, f'the {role} split of {job.recipe.name}', warn=role == 'train')

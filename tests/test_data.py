@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scaleprotoseg.basics import UnknownName, lookup
-from scaleprotoseg.data import (Labels, Sample, check_dataset, files_state, fingerprint, image_to_tensor, open_dataset, palette, read_ahead, read_image,
+from scaleprotoseg.data import (Labels, Sample, check_dataset, files_state, fingerprint, image_to_tensor, open_dataset, palette, read_ahead, read_image, shared_images,
                                 read_label, read_pair, read_pixels, rng)
 
 
@@ -363,12 +363,45 @@ def test_folder_listing_may_name_sub_folders(tmp_path):
     (dict(values=[0]), 'as many different'), (dict(values=[0, 0]), 'as many different'),
     (dict(void=[1]), 'as many different'),
     (dict(values=[0, -1]), 'whole numbers in 0..65535'), (dict(values=['0', '1']), 'whole numbers'),
+    (dict(names='xy'), 'expected a list'), (dict(names=[1, 2]), 'a class name is text'), (dict(names=['x', ' y']), 'a class name is text'), (dict(names=['x', '']), 'a class name is text'),
     (dict(names=['x', 'x']), 'does not describe classes'), (dict(names=None), 'does not describe classes'),
     (dict(valus=[1, 0]), "unknown key 'valus'; did you mean 'values'"), (dict(parts=[[], ['head']]), "unknown key 'parts'"), (dict(colors=[[300, 0, 0], [0, 0, 0]]), 'three whole numbers in 0..255, got .300'),
     (dict(colors=[[1, 2], [0, 0, 0]]), 'three whole numbers'), (dict(colors=[['a', 0, 0], [0, 0, 0]]), 'three whole numbers')])
 def test_folder_with_a_wrong_description(tmp_path, described, message):
     with pytest.raises(ValueError, match=f'labels.json.*{message}'):
         open_dataset('folder', 'train', folder(tmp_path, **described))
+
+
+def test_pictures_without_label_maps_are_a_split_to_predict(tmp_path):
+    folder(tmp_path, listing=False)
+    save(tmp_path/'images'/'new'/'q.png', np.zeros((2, 3), np.uint8))
+    ds = open_dataset('folder', 'new', tmp_path)
+    assert ds.ids == ['q'] and (ds[0].label == -1).all() and ds[0].label.dtype == torch.int64 and ds[0].label.shape == (2, 3)
+    assert check_dataset(ds, progress=False)['void_pixels'] == 6 and tmp_path/'images'/'new'/'q.png' in ds.files()
+    (tmp_path/'labels'/'new').mkdir()                                   # now there are label maps, but not this one
+    with pytest.raises(FileNotFoundError, match=r'labels.new.q\.png does not exist'): open_dataset('folder', 'new', tmp_path)
+
+
+@pytest.mark.parametrize('turned', [(True, True), (True, False)])
+def test_a_label_map_is_turned_by_its_own_exif_tag(tmp_path, turned):
+    said = Image.Exif()
+    said[0x0112] = 6                                                    # a quarter turn
+    stored, files = np.array([[0, 1, 1], [0, 0, 1]], np.uint8), [tmp_path/'image.png', tmp_path/'label.png']
+    for array, file, tag in zip((stored * 255, stored), files, turned): Image.fromarray(array).save(file, **({'exif': said} if tag else {}))
+    if turned[1]:
+        image, label = read_pair(*files, {0: 0, 1: 1})
+        assert torch.equal(image[0].long() // 255, label) and label.shape == (3, 2)
+    else:
+        with pytest.raises(ValueError, match='is 2x3 but its label map .* is 3x2 .*which was turned as its EXIF tag says'): read_pair(*files, {0: 0, 1: 1})
+
+
+def test_images_that_two_splits_share_are_found_by_what_they_show(tmp_path):
+    folder(tmp_path, listing=False)
+    for name, value in (('a', 9), ('z', 0)):
+        for kind in ('images', 'labels'): save(tmp_path/kind/'val'/f'{name}.png', np.full((2, 3), value * (kind == 'images'), np.uint8))
+    train, val = (open_dataset('folder', s, tmp_path) for s in ('train', 'val'))
+    assert shared_images(train, val) == [], 'a name alone says nothing'
+    assert shared_images(train, train) == train.ids
 
 
 def test_folder_errors_say_what_to_do(tmp_path):

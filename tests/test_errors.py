@@ -163,6 +163,29 @@ def test_labels_that_were_corrected_are_read_again_and_not_mixed_with_what_they_
     with pytest.raises(ValueError, match='pretrain/seed0/joint was made of other train images'): run_stage('mine', 'protoseg', 'warmup', **options)
 
 
+def test_a_finished_stage_is_not_passed_off_as_one_of_other_images(mine, capsys):
+    write, options = mine
+    folder = run_stage('mine', 'pretrain', 'joint', **options)
+    assert run_stage('mine', 'pretrain', 'joint', **options) == folder
+    assert run_stage('mine', 'pretrain', 'joint', **{**options, 'data_root': options['data_root'] / 'nowhere'}) == folder
+    assert 'its images were not looked at' in capsys.readouterr().err
+    Image.fromarray(np.zeros((64, 96), np.uint8)).save(options['data_root'] / 'labels/val/0.png')
+    with pytest.raises(ValueError, match='pretrain/seed0/joint was made of other val images'): run_stage('mine', 'pretrain', 'joint', **options)
+
+
+def test_an_image_in_training_and_validation_is_named(mine):
+    write, options = mine
+    with pytest.warns(UserWarning, match=r'2 images are in the train split and in the val split \(0, 1\)'): run_stage('mine', 'pretrain', 'joint', **options)
+
+
+def test_a_stage_that_never_began_does_not_block_its_folder(mine):
+    write, options = mine
+    folder = options['out'] / 'mine/pretrain/seed0/joint'
+    folder.mkdir(parents=True)
+    (folder / 'recipe.json').write_text('"another"')
+    assert run_stage('mine', 'pretrain', 'joint', **options) == folder
+
+
 def test_a_training_does_not_go_on_with_other_images(mine):
     write, options = mine
     def stopped(*a, **k): raise KeyboardInterrupt
@@ -258,6 +281,69 @@ def test_a_notebook_parameter_that_does_not_exist(monkeypatch, capsys, tmp_path)
     assert code == 2 and 'seeed' in text and 'seed' in text and not (tmp_path / 'x.ipynb').exists()
     code, text = call(monkeypatch, capsys, 'notebook', notebook, tmp_path / 'x.ipynb', '-p', 'seed=two')
     assert code == 2 and 'seed' in text and 'int' in text
+
+
+@pytest.mark.parametrize('change, expected', [
+    (lambda r: replace(r, data=replace(r.data, splits={**r.data.splits, 'puch': {'split': 'train'}})), "unknown role of a split 'puch'; did you mean 'push'"),
+    (lambda r: replace(r, data=replace(r.data, splits={k: v for k, v in r.data.splits.items() if k != 'val'})), "splits['val']=None"),
+    (lambda r: replace(r, data=replace(r.data, splits={k: v for k, v in r.data.splits.items() if k != 'push'})), "smoke/scaleprotoseg: splits['push'] is missing"),
+    (lambda r: replace(r, data=replace(r.data, crop=64)), 'crop=64: expected (height, width)'),
+    (lambda r: replace(r, model={k: v for k, v in r.model.items() if k != 'groups'}), "smoke/scaleprotoseg: a model with head 'groups' needs 'groups'"),
+    (lambda r: replace(r, model={**r.model, 'per_class': 0}), 'per_class=0: expected a whole number of at least 1'),
+    (lambda r: replace(r, stages=()), 'smoke/scaleprotoseg has no stages'),
+    (lambda r: replace(r, variant='a/b'), "variant 'a/b': expected letters"),
+    (lambda r: changed_stage(r, 'threshold', tau=None), 'tau=None: expected a number of at least 0'),
+    (lambda r: changed_stage(r, 'threshold', tau=5.), 'tau=5.0: expected less than 1'),
+    (lambda r: changed_stage(r, 'joint', train=None), "stage 'joint': a stage of kind train, and no other, has a Train"),
+    (lambda r: changed_stage(r, 'joint', head='direct'), "stage 'joint': the head 'direct' has no prototypes"),
+    (lambda r: trained(r, steps=2.5), 'steps=2.5: expected a whole number of at least 1'),
+    (lambda r: trained(r, eval_every=-2), 'eval_every=-2: expected a whole number of at least 0'),
+    (lambda r: trained(r, decay=-1.), 'decay=-1.0: expected a number of at least 0'),
+    (lambda r: trained(r, lr={'trunk': -1e-3}), 'learning rate of trunk=-0.001: expected a number of at least 0'),
+    (lambda r: trained(r, lr={'trunc': 1e-3}), "unknown part to train 'trunc'; did you mean 'trunk'"),
+    (lambda r: trained(r, entropy=.1), "stage 'joint': the head 'linear' has no entropy; heads that have: groups"),
+])
+def test_a_wrong_recipe_is_refused_when_it_is_made(change, expected):
+    with pytest.raises((ValueError, KeyError)) as e: change(recipes.RECIPES['smoke/scaleprotoseg'])
+    assert expected in str(e.value)
+
+
+def changed_stage(r, name, **values): return replace(r, stages=tuple(replace(s, **values) if s.name == name else s for s in r.stages))
+
+
+def trained(r, **values): return changed_stage(r, 'joint', train=replace(r.stage('joint').train, **values))
+
+
+@pytest.mark.parametrize('k, keep', [(2, 3), (-2, 1), (6, None)])
+def test_pruning_keeps_no_more_than_it_looks_at(k, keep):
+    with pytest.raises(ValueError, match='keep|k='): changed_stage(recipes.RECIPES['smoke/protoseg'], 'prune', k=k, keep=keep)
+
+
+@pytest.mark.parametrize('text, expected', [
+    ('x = 1\nx.y', "line 2: AttributeError: 'int' object has no attribute 'y'"), ('x = (', 'line 1: SyntaxError'),
+    ('\nfrom scaleprotoseg.recipes import find_recipe\nfind_recipe("smoke", "protosed")', "line 3: unknown method"),
+])
+def test_a_mistake_in_a_file_of_recipes_is_named_with_its_line(monkeypatch, capsys, tmp_path, text, expected):
+    (tmp_path / 'mine.py').write_text(text)
+    code, said = call(monkeypatch, capsys, '--recipes', tmp_path / 'mine.py', 'list')
+    assert code == 2 and f'{tmp_path / "mine.py"}, {expected}' in said
+
+
+def test_wrong_options_of_a_backbone_or_dataset_suggest_the_nearest():
+    from scaleprotoseg.backbones import build_backbone
+    with pytest.raises(KeyError, match="unknown option of backbone 'unet' 'widht'; did you mean 'width'"): build_backbone({'name': 'unet', 'widht': 4})
+    with pytest.raises(KeyError, match="unknown option of dataset 'partscapes' 'sede'; did you mean 'seed'"): data.open_dataset('partscapes', 'val', sede=3)
+
+
+def test_outputs_do_not_replace_what_is_not_theirs(monkeypatch, capsys, pretrained, tmp_path):
+    run, picture = pretrained / 'smoke/pretrain/seed0/joint', tmp_path / 'a.png'
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
+    before = picture.read_bytes()
+    assert 'is the picture itself' in call(monkeypatch, capsys, 'predict', run, picture, '--output', picture)[1] and picture.read_bytes() == before
+    assert 'ends in .png' in call(monkeypatch, capsys, 'predict', run, picture, '--output', tmp_path / 'b.jpg')[1]
+    assert 'expected the folder for b.png' in call(monkeypatch, capsys, 'predict', run, picture, '--output', tmp_path / 'absent/b.png')[1]
+    (tmp_path / 'labels.json').write_text('{"names": ["a"]}')
+    assert 'is no explanation' in call(monkeypatch, capsys, 'explain', run, picture, '--at', 3, 4, '--output', tmp_path / 'labels.png')[1]
 
 
 def test_predict_names_the_picture_and_the_run(monkeypatch, capsys, pretrained, tmp_path):

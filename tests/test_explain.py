@@ -82,7 +82,7 @@ def test_stage_without_atlas_names_the_stage_that_makes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match='`project` stage'): read_atlas(tmp_path)
 
 
-@pytest.mark.parametrize('text', ['', '{"a": 1}', '[{"scale": 0}]', '[1]'])
+@pytest.mark.parametrize('text', ['', '{"a": 1}', '[{"scale": 0}]', '[1]', '[]'])
 def test_damaged_prototypes_json_is_named(tmp_path, text):
     write(make_atlas(), tmp_path)
     (tmp_path / 'prototypes.json').write_text(text)
@@ -102,7 +102,7 @@ def test_missing_and_damaged_sheets_are_named(tmp_path):
     many = json.loads((tmp_path / 'prototypes.json').read_text())
     many[-1]['tile'] = 999
     (tmp_path / 'prototypes.json').write_text(json.dumps(many))
-    with pytest.raises(ValueError, match='more patches'): read_atlas(tmp_path)
+    with pytest.raises(ValueError, match='other patches'): read_atlas(tmp_path)
 
 
 # -- evidence ---------------------------------------------------------------------------------------------------------

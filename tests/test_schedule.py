@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from scaleprotoseg.basics import Interrupted
 from scaleprotoseg.recipes import RECIPES, experiments
-from scaleprotoseg.schedule import Training, trainings
+from scaleprotoseg.schedule import Training, TrainingsFailed, run_trainings, trainings
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
@@ -50,3 +51,23 @@ def test_a_failed_training_is_named_with_its_exit_code(tmp_path):
     assert done.returncode == 2 and 'smoke/pretrain seed 0: exit code 2; smoke/protoseg seed 0: not started' in done.stderr
     done = train(tmp_path, '--jobs', '0')
     assert done.returncode == 2 and 'jobs=0: expected how many trainings' in done.stderr
+
+
+def pretended(seconds, code):
+    "A process that is told what to do: it ends with `code` after so long, and with 3 when it is asked to stop."
+    said = f'import signal, sys, time; signal.signal(signal.SIGTERM, lambda *a: sys.exit(3)); print("why", flush=True); time.sleep({seconds}); sys.exit({code})'
+    return [sys.executable, '-c', said]
+
+
+def test_what_waits_for_a_stopped_training_is_stopped_too_and_not_failed(tmp_path):
+    todo = trainings('smoke', ['protoseg'], [0, 1])
+    early = lambda t: pretended(0, 3) if t.name == 'smoke/pretrain seed 0' else pretended(60, 0)
+    with pytest.raises(Interrupted, match='out of time with 4 of 4 trainings to go; the same command continues'):
+        run_trainings(todo, early, lambda t: tmp_path / f'{t.seed}.log', jobs=2, max_minutes=.05)
+    failing = lambda t: pretended(0, 2 if t.name == 'smoke/pretrain seed 0' else 0)
+    with pytest.raises(TrainingsFailed, match=r'2 of 4 .*smoke/pretrain seed 0: exit code 2, .*0\.log ends with "why"; smoke/protoseg seed 0: not started'):
+        run_trainings(todo, failing, lambda t: tmp_path / f'{t.seed}.log', jobs=2)
+
+
+def test_a_seed_that_is_said_twice_is_trained_once():
+    assert len(trainings('smoke', ['protoseg'], [3, 3])) == 2
