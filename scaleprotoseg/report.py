@@ -296,7 +296,7 @@ def plot_lengths(frame: pd.DataFrame,     # of `collect(…, with_main=True)`
     for ax in axes[0]:
         ax.set_xticks(updates, map(str, updates))
         ax.minorticks_off()
-        ax.legend(frameon=False, fontsize=8)
+        if ax.lines or ax.containers: ax.legend(frameon=False, fontsize=8)
     for i, (name, y) in enumerate(sorted(lines.items(), key=lambda line: line[1])):       # neighbours on opposite sides
         axes[0, 0].axhline(y, color='0.5', linewidth=.8, linestyle=':')
         axes[0, 0].annotate(name, (i % 2, y), xycoords=('axes fraction', 'data'), xytext=(3 - 6 * (i % 2), 2), textcoords='offset points',
