@@ -36,8 +36,13 @@ def counted(recipe: Recipe, stage: Stage, classes: int, size: tuple[int, int], t
 
 def training_pass(model, train, size):
     x, y = torch.rand(train.batch, 3, *size), torch.zeros(train.batch, *size, dtype=torch.long)
+    want = ('distances',) * bool(train.diversity) + ('features', 'similarities') * bool(train.momentum)
     model.train_only_(train.lr, train.batch_norm)
-    return lambda: sum(mean_losses(model.outputs(x, ('distances',) if train.diversity else ()), y, model, train).values()).backward()
+    def step():
+        outputs = model.outputs(x, want)
+        nearest = [torch.zeros(len(x), *out.logits.shape[-2:], dtype=torch.long) for out in outputs] if train.momentum else None   # which one costs the same
+        sum(mean_losses(outputs, y, model, train, assigned=nearest).values()).backward()
+    return step
 
 
 def forward_pass(model, size):

@@ -130,3 +130,11 @@ def test_benchmarks_run(command, tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert '| size | work |' in done.stdout and len(list(tmp_path.glob('*.json'))) == 1
+
+
+@pytest.mark.parametrize('method', ['unet', 'protoseg', 'scaleprotoseg', 'prototype_view'])
+def test_the_operations_of_every_method_are_counted(published, method):      # the fixture: benchmarks can be imported
+    import sweep
+    from scaleprotoseg.recipes import find_recipe
+    trained = [s for s in find_recipe('em', method).stages if s.train and not s.train.views]
+    assert trained and all(sweep.counted(find_recipe('em', method), s, 2, (32, 32), training) > 1e6 for s in trained for training in (True, False))
