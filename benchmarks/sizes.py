@@ -88,7 +88,9 @@ def in_own_process(script: str, *arguments: str) -> float:
 def save(name: str, rows: list[dict], device: str = 'cpu'):
     "Write the rows with the machine they were measured on, and print them."
     OUT.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(['git', 'describe', '--always', '--dirty'], capture_output=True, text=True, cwd=OUT).stdout.strip()
+    git = lambda *said: subprocess.run(['git', *said], capture_output=True, text=True, cwd=OUT).stdout.strip()
+    changed = git('status', '--porcelain', '-uno', '--', ':(top)scaleprotoseg', ':(top)benchmarks')       # results of the benchmark before are no change
+    commit = git('rev-parse', '--short', 'HEAD') + '-dirty' * bool(changed)
     facts = {'command': f'python benchmarks/{Path(sys.argv[0]).name} {" ".join(sys.argv[1:])}'.strip(), 'commit': commit,
              'device': device_name(torch.device(device)), 'torch': torch.__version__, 'python': platform.python_version()}
     path = OUT / f'{name}{"" if device == "cpu" else "_" + device}.json'
