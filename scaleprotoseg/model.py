@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .backbones import build_backbone, freeze_batch_norm_
 from .basics import UnknownName, check_least, lookup, replace_file, write_json
-from .protocols import check_model
+from .protocols import HEAD_NEEDS, check_model
 from .heads import (DirectHead, GroupHead, LinearHead, NearestHead, PixelHead, group_activations, group_logits,
                                  linear_logits)
 from .prototypes import SIMILARITIES, Prototypes, full_precision
@@ -219,8 +219,7 @@ def build_model(config: dict) -> Model:
     channels = c['classes'] if c['head'] == 'direct' else c['channels']
     scales = 1 if c['head'] == 'direct' else c['scales']
     backbone = build_backbone({**c['backbone'], 'scales': scales, 'channels': channels})
-    has_prototypes = c['head'] in ('linear', 'groups', 'nearest')
-    prototypes = prototypes_of(scales, c['classes'], c['per_class'], channels) if has_prototypes else None
+    prototypes = prototypes_of(scales, c['classes'], c['per_class'], channels) if 'per_class' in HEAD_NEEDS[c['head']] else None
     return Model(backbone, prototypes, build_head(c), c['activation'])
 
 # %% ../nbs/06_model.ipynb #cell-20
