@@ -652,9 +652,14 @@ class Run:
     def split(self, role: str,                    # train, push or val
               data_root: str | Path | None = '',  # '' where the dataset's default will do
               **options) -> Dataset:              # of the dataset, instead of the recipe's
-        "The split of the recipe's dataset that plays a role."
-        import scaleprotoseg.training  # noqa: F401, makes every dataset known
-        return open_dataset(self.recipe.data.dataset, root=data_root or None, **{**self.recipe.data.splits[role], **options})
+        """The split of the recipe's dataset that plays a role.
+
+        Without options: ValueError if the stage was made of other images than there are now, see `check_shown`."""
+        from scaleprotoseg.training import check_shown    # it makes every dataset known
+        root, own = Path(data_root) if data_root else None, self.recipe.data.splits[role]
+        dataset = open_dataset(self.recipe.data.dataset, root=root, **{**own, **options})
+        if not options: check_shown(self.folder, role, dataset, root, own)
+        return dataset
 
     def segment(self, sample: Sample) -> Tensor:  # (H, W) int64
         "Class map of a sample at its own size, under the recipe's protocol, on the CPU."

@@ -8,9 +8,9 @@ __all__ = ['OPTIMIZERS', 'SAVE_SECONDS', 'COLLAPSED', 'READ_EVERY', 'KINDS', 'PR
            'followed_sums', 'parameter_groups', 'make_optimizer', 'set_learning_rate', 'Job', 'model_config',
            'initial_backbone', 'start_model', 'FrozenViews', 'frozen_since', 'train_stage', 'project_stage',
            'prune_stage', 'threshold_stage', 'veto_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data',
-           'check_split', 'check_labelled', 'check_same_data', 'check_finished', 'check_parent', 'check_before_veto',
-           'check_recipe', 'stopping', 'processes', 'make_fabric', 'speaks', 'check_division', 'run_stage',
-           'find_equal', 'adopt', 'run_method']
+           'check_split', 'split_record', 'check_labelled', 'check_same_data', 'check_finished', 'check_shown',
+           'check_parent', 'check_before_veto', 'check_recipe', 'stopping', 'processes', 'make_fabric', 'speaks',
+           'check_division', 'run_stage', 'find_equal', 'adopt', 'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
 import atexit
@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 from . import datasets, partscapes  # noqa: F401, make their datasets known
 from .basics import Interrupted, lookup, read_json, write_json
 from .clustering import assign, assigned_sums, follow_, most_alike
-from .data import Sample, check_dataset, files_state, fingerprint, open_dataset, read_ahead, rng, shared_images
+from .data import Dataset, Sample, check_dataset, files_state, fingerprint, open_dataset, read_ahead, rng, shared_images
 from .evaluation import evaluate
 from .failures import check_veto, count_blame, drawn_at_random, most_blamed
 from .heads import GroupHead
@@ -648,14 +648,13 @@ def peak_memory(device: torch.device) -> dict:
 def check_data(job: Job) -> dict:
     "Read every sample of the recipe's splits once per output folder, and again after a file was changed; returns their fingerprints. Errors name the file."
     checked = {role: check_split(job, role) for role in job.recipe.data.splits}
-    return {role: {'dataset': job.recipe.data.dataset, 'images': c['images'], 'contents': c['contents'][:16]} for role, c in checked.items()}
+    return {role: _split_facts(job.recipe.data.dataset, found) for role, found in checked.items()}
 
 def check_split(job: Job, role: str) -> dict:
     "What `check_dataset` says of the split that plays `role`, from the output folder if it was read before."
     dataset = job.data(role)
     if not len(dataset): raise ValueError(f'the {role} split of {job.recipe.name} has no images')
-    where = hashlib.sha256(f'{fingerprint(dataset)} {files_state(dataset)} {job.data_root and job.data_root.absolute()} {dict(job.recipe.data.splits[role])}'.encode())
-    record = job.out / job.recipe.experiment / 'data' / f'{where.hexdigest()[:16]}.json'
+    record = split_record(job.out / job.recipe.experiment, dataset, job.data_root, job.recipe.data.splits[role])
     if not record.is_file():
         record.parent.mkdir(parents=True, exist_ok=True)
         if role == 'val' and (both := shared_images(job.data('train'), dataset)):
@@ -664,6 +663,14 @@ def check_split(job: Job, role: str) -> dict:
     found = read_json(record)
     if role in ('train', 'val') and not job.parent: check_labelled(found, f'the {role} split of {job.recipe.name}', warn=role == 'train')
     return found
+
+def split_record(folder: Path,              # of an experiment's runs
+                 dataset: Dataset, root: Path | None,
+                 options: Mapping,           # of the split
+                ) -> Path:
+    "Where what `check_dataset` says of a split is kept; another file once an image or a label was changed."
+    where = hashlib.sha256(f'{fingerprint(dataset)} {files_state(dataset)} {root and root.absolute()} {dict(options)}'.encode())
+    return folder / 'data' / f'{where.hexdigest()[:16]}.json'
 
 def check_labelled(found: dict,   # of `check_dataset`
                    what: str, warn: bool = True):
@@ -689,6 +696,23 @@ def check_finished(job: Job):
     made = read_json(job.folder / 'provenance.json').get('data', {})
     for role in now.keys() & made.keys():
         if now[role] != made[role]: raise ValueError(_other_images(job.folder, role, made[role], now[role]))
+
+def check_shown(folder: Path,                # of a finished stage
+                role: str, dataset: Dataset, # what is there for that role now
+                root: Path | None, options: Mapping):
+    """ValueError if a finished stage was made of other images in this role: what is shown of them would stand beside scores of others.
+
+    Reads them all, unless training has here, or this process before."""
+    made = read_json(folder / 'provenance.json').get('data', {}).get(role)
+    if not made: return
+    record = split_record(folder.parents[2], dataset, root, options)
+    if record not in _read: _read[record] = read_json(record) if record.is_file() else check_dataset(dataset, progress=len(dataset) > 500)
+    if (now := _split_facts(made['dataset'], _read[record])) != made: raise ValueError(_other_images(folder, role, made, now))
+
+_read: dict[Path, dict] = {}   # what `check_dataset` said, by `split_record`
+
+def _split_facts(dataset, found):
+    return {'dataset': dataset, 'images': found['images'], 'contents': found['contents'][:16]}
 
 def _other_images(folder, role, then, now):
     return (f'{folder} was made of other {role} images than there are now ({then.get("images")} images, contents {then.get("contents")}; '

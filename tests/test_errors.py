@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scaleprotoseg import cli, data, recipes, runs, training
+from scaleprotoseg import cli, data, recipes, report, runs, training
 from scaleprotoseg.basics import Interrupted
 from scaleprotoseg.partscapes import PartScapes
 from scaleprotoseg.training import run_stage
@@ -171,6 +171,19 @@ def test_a_finished_stage_is_not_passed_off_as_one_of_other_images(mine, capsys)
     assert 'its images were not looked at' in capsys.readouterr().err
     Image.fromarray(np.zeros((64, 96), np.uint8)).save(options['data_root'] / 'labels/val/0.png')
     with pytest.raises(ValueError, match='pretrain/seed0/joint was made of other val images'): run_stage('mine', 'pretrain', 'joint', **options)
+
+
+def test_pictures_of_other_images_do_not_stand_beside_scores(mine, monkeypatch, tmp_path):
+    write, options = mine
+    run_stage('mine', 'pretrain', 'joint', **options)
+    opened = report.open_run(options['out'], 'mine', 'pretrain', device='cpu')
+    assert len(opened.split('val', options['data_root'])) == 2
+    copy = shutil.copytree(options['data_root'], tmp_path / 'copy')             # the same images in another place
+    assert len(opened.split('val', copy)) == 2
+    Image.fromarray(np.zeros((64, 96), np.uint8)).save(copy / 'labels/val/0.png')
+    with pytest.raises(ValueError, match='pretrain/seed0/joint was made of other val images than there are now'): opened.split('val', copy)
+    assert len(opened.split('val', copy, split='train')) == 2                   # asked for by name
+    assert len(opened.split('train', copy)) == 2
 
 
 def test_an_image_in_training_and_validation_is_named(mine):
