@@ -434,9 +434,17 @@ def files_state(ds: Dataset, times: bool = True) -> str:
     found = [(p.name, (s := p.stat()).st_size, times and s.st_mtime_ns) for p in map(Path, listed() if callable(listed) else ())]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
-def _check_sample(s: Sample, n_classes: int) -> np.ndarray:
+def _check_parts(s, labels):
+    "ValueError for a part that its class does not name. What is void is in no class."
+    named = torch.tensor([len(p) for p in labels.parts] or [0] * len(labels))
+    wrong = (s.label >= 0) & (s.parts > named[s.label])
+    if wrong.any():
+        c, part = int(s.label[wrong][0]), int(s.parts[wrong][0])
+        raise ValueError(f'sample {s.id!r}: part {part} in class {labels.names[c]!r}, which names {named[c]} parts.')
+
+def _check_sample(s: Sample, labels: Labels) -> np.ndarray:
     "Pixel counts (C + 1,) of the classes, void last; ValueError if the sample is not what `Sample` says."
-    x, y = s.image, s.label
+    x, y, n_classes = s.image, s.label, len(labels)
     if x.dtype != torch.float32 or x.ndim != 3 or len(x) != 3 or not x.numel():
         raise ValueError(f'sample {s.id!r}: image is {tuple(x.shape)} {x.dtype}; expected (3, H, W) torch.float32.')
     if not (x.min() >= 0 and x.max() <= 1):   # false for NaN too
@@ -448,6 +456,7 @@ def _check_sample(s: Sample, n_classes: int) -> np.ndarray:
         raise ValueError(f'sample {s.id!r}: labels {y.min()}..{y.max()}; expected 0..{n_classes - 1}, void -1.')
     if s.parts is not None and (s.parts.dtype != torch.int64 or s.parts.shape != y.shape or s.parts.min() < 0):
         raise ValueError(f'sample {s.id!r}: part labels are {tuple(s.parts.shape)} {s.parts.dtype}; expected {tuple(y.shape)} torch.int64, not negative.')
+    if s.parts is not None: _check_parts(s, labels)
     if s.depth is not None and (s.depth.dtype != torch.float32 or s.depth.shape != y.shape):
         raise ValueError(f'sample {s.id!r}: depth is {tuple(s.depth.shape)} {s.depth.dtype}; expected {tuple(y.shape)} torch.float32.')
     return np.roll(torch.bincount(y.flatten() + 1, minlength=n_classes + 1).numpy(), -1)
@@ -466,7 +475,7 @@ def check_dataset(ds: Dataset, progress: bool = True) -> dict[str, Any]:
     if twice := _repeated(ds.ids): raise ValueError(f'id {twice!r} occurs twice')
     total, contents = np.zeros(len(ds.labels) + 1, np.int64), hashlib.sha256(fingerprint(ds).encode())
     for s in tqdm(read_ahead(ds), total=len(ds), desc='check images', disable=not progress):
-        total += (counts := _check_sample(s, len(ds.labels)))
+        total += (counts := _check_sample(s, ds.labels))
         contents.update(json.dumps([s.id, *s.label.shape, *counts.tolist()]).encode())
     return dict(images=len(ds), fingerprint=fingerprint(ds), contents=contents.hexdigest(),
                 class_pixels=dict(zip(ds.labels.names, total[:-1].tolist())), void_pixels=int(total[-1]))

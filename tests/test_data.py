@@ -499,6 +499,7 @@ def test_fingerprints_notice_what_changed():
     (dict(label=torch.zeros(2, 3, dtype=torch.int64)), 'label is'), (dict(label=torch.zeros(2, 2)), 'int64'),
     (dict(label=torch.full((2, 2), 2)), r'expected 0\.\.1, void -1'), (dict(label=torch.full((2, 2), -2)), 'void -1'),
     (dict(parts=torch.zeros(2, 3, dtype=torch.int64)), 'part labels'), (dict(parts=torch.zeros(2, 2, dtype=torch.uint8)), 'part labels .* torch.uint8'),
+    (dict(parts=torch.ones(2, 2, dtype=torch.int64)), 'part 1 in class .*, which names 0 parts'),
     (dict(depth=torch.zeros(7)), r'depth is \(7,\)'), (dict(depth=torch.zeros(2, 2).double()), 'expected .* torch.float32')])
 def test_check_names_the_bad_sample(changed, message):
     with pytest.raises(ValueError, match=f"sample 'bad'.*{message}"):
