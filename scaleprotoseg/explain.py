@@ -32,12 +32,12 @@ if TYPE_CHECKING:   # matplotlib is slow to import: every plot function does it 
 
 # %% auto #0
 __all__ = ['STYLE', 'Atlas', 'read_atlas', 'evidence_kind', 'evidence_maps', 'weighed_maps', 'evidence_weights', 'scale_names',
-           'evidence_names', 'prototype_names', 'assignment_map', 'GroupMember', 'Group', 'group_members',
-           'scale_usage', 'as_picture', 'enlarged', 'ClassView', 'class_view', 'strongest_prototypes', 'overlap_map',
-           'overlap_score', 'class_pixels', 'fullest_images', 'best_images', 'objects_first', 'normalized',
-           'value_range', 'overlay', 'painted', 'outlined', 'spots', 'plot_segmentation', 'plot_assignment',
-           'plot_scale_usage', 'Panel', 'plot_panels', 'assignment_panel', 'heat_panels', 'patch_panel',
-           'prototype_panels', 'shades', 'overlap_panel', 'overlap_colors', 'plot_prototypes', 'plot_group_graph']
+           'evidence_names', 'prototype_names', 'GroupMember', 'Group', 'group_members', 'scale_usage', 'as_picture',
+           'enlarged', 'ClassView', 'class_view', 'strongest_prototypes', 'overlap_map', 'overlap_score',
+           'class_pixels', 'fullest_images', 'best_images', 'objects_first', 'normalized', 'value_range', 'overlay',
+           'painted', 'outlined', 'spots', 'plot_segmentation', 'plot_scale_usage', 'Panel', 'plot_panels',
+           'assignment_panel', 'heat_panels', 'patch_panel', 'prototype_panels', 'shades', 'overlap_panel',
+           'overlap_colors', 'plot_prototypes', 'plot_group_graph']
 
 # %% ../nbs/13_explain.ipynb #cell-07
 @dataclass
@@ -118,21 +118,6 @@ def evidence_names(model: Model) -> list[str]:
 def prototype_names(model: Model) -> list[str]:
     "A name for each of the `S * K` prototypes of any class, also under groups: 's1 r6 p1'."
     return [f'{scale} p{k + 1}' for scale in scale_names(model) for k in range(model.prototypes.alive.shape[-1])]
-
-# %% ../nbs/13_explain.ipynb #cell-18
-def assignment_map(model: Model, out: Output,
-                   classes: Tensor | None = None,  # (B, h, w) int64, void -1; None: the predicted classes
-                  ) -> Tensor:                     # (B, h, w) int64 in -1..E-1
-    "Strongest evidence of each position's own class; -1 for void positions and classes without living prototypes."
-    maps, kind = evidence_maps(out), evidence_kind(model)
-    classes = out.logits.argmax(1) if classes is None else classes
-    own = torch.arange(maps.shape[1], device=maps.device)
-    weight = evidence_weights(model)[own, own] if kind == 'groups' else torch.ones_like(maps[0, :, :, 0, 0])
-    alive = model.head.evidence(model.prototypes.alive).flatten(1)                             # (C, E)
-    c = classes.clamp_min(0)
-    chosen = maps.gather(1, c[:, None, None].expand(-1, 1, *maps.shape[2:]))[:, 0]             # (B, E, h, w)
-    strength = (chosen * weight[c].movedim(-1, 1)).masked_fill(~alive[c].movedim(-1, 1), -torch.inf)
-    return torch.where((classes >= 0) & alive[c].any(-1), strength.argmax(1), -1)
 
 # %% ../nbs/13_explain.ipynb #cell-22
 @dataclass
@@ -395,29 +380,6 @@ def plot_segmentation(image: Tensor | np.ndarray,       # (3, H, W) float in [0,
         ax.set_title(title, fontsize=9, pad=3)
     _legend(fig, names, colors, columns, loc='lower center')
     return fig
-
-# %% ../nbs/13_explain.ipynb #cell-50
-def plot_assignment(image: Tensor | np.ndarray,      # (3, H, W) float in [0, 1], or (H, W, 3) uint8
-                    assigned: Tensor | np.ndarray,   # (h, w) int, evidence of the class; -1 none
-                    names: Sequence[str],            # of the E pieces of evidence, see `evidence_names`
-                    mask: np.ndarray | Tensor | None = None,  # (H, W) bool, pixels of the class; None: all
-                    title: str = '',
-                    ax: Axes | None = None) -> Axes:
-    "Which evidence is strongest where: colours over the greyed picture, with those that occur in the legend."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(3.5, 3), layout='constrained')[1]
-    picture = as_picture(image)
-    H, W = picture.shape[:2]
-    assigned = cv2.resize(np.asarray(assigned).astype(np.int32), (W, H), interpolation=cv2.INTER_NEAREST_EXACT)
-    inside = (assigned >= 0) & (True if mask is None else np.asarray(mask))
-    colors = np.array(palette(len(names)), np.uint8)
-    ax.imshow(painted(picture, np.where(inside, assigned, -1), colors), interpolation='nearest')
-    ax.set_axis_off()
-    ax.set_title(title, fontsize=9, pad=3)
-    here = np.unique(assigned[inside])
-    if len(here):
-        _legend(ax, [names[i] for i in here], colors[here], 3, loc='upper center', bbox_to_anchor=(0.5, -0.04))
-    return ax
 
 # %% ../nbs/13_explain.ipynb #cell-52
 def plot_scale_usage(usage: Tensor,            # (C, S), see `scale_usage`

@@ -1,6 +1,6 @@
-"""Explanations: the atlas, exactness of the evidence, assignment maps, groups, and plots that survive odd input."""
+"""Explanations: the atlas, exactness of the evidence, views of classes, groups, and plots that survive odd input."""
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 import matplotlib
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from scaleprotoseg.data import Labels, palette
 from scaleprotoseg.explain import (
     Atlas,
-    assignment_map,
+    class_view,
     evidence_kind,
     evidence_maps,
     evidence_names,
@@ -18,7 +18,6 @@ from scaleprotoseg.explain import (
     group_members,
     normalized,
     overlay,
-    plot_assignment,
     plot_group_graph,
     plot_prototypes,
     plot_scale_usage,
@@ -130,34 +129,37 @@ def test_scales_are_named_after_their_rates():
     assert scale_names(make_model('linear', 1)) == ['s1']
 
 
+def views(model, out, classes):
+    "The view of every class of every image, at the positions of the maps."
+    one = lambda x, b: None if x is None else x[b:b + 1]
+    return [[class_view(model, replace(out, **{f.name: one(getattr(out, f.name), b) for f in fields(out)}), torch.zeros(3, *classes.shape[1:]), classes[b] == c, c)
+             for c in range(C)] for b in range(len(classes))]
+
+
 @pytest.mark.parametrize('head', ['linear', 'groups'])
-def test_assignment_is_the_strongest_living_evidence_of_the_class(head):
+def test_the_strongest_living_evidence_of_the_class_is_assigned(head):
     model = make_model(head)
     survivor = int(score(model).similarities[:, :, 1].mean((0, 3, 4)).argmin()) if head == 'linear' else -1
     if head == 'linear': model.prototypes.alive[:, 1] = torch.arange(S * K).view(S, K) == survivor   # the weakest
     out, classes = score(model), torch.randint(-1, C, (2, 20, 24), generator=torch.Generator().manual_seed(2))
-    assigned, maps = assignment_map(model, out, classes), evidence_maps(out)
-    assert assigned.shape == classes.shape and ((assigned == -1) == (classes == -1)).all()
+    maps, found = evidence_maps(out), views(model, out, classes)
     for b, y, x in [(0, 0, 0), (0, 7, 3), (1, 19, 23), (1, 4, 11), (0, 12, 2), (1, 9, 9)]:
-        c = int(classes[b, y, x])
-        if c < 0: continue
-        if head == 'groups': strength = maps[b, c, :, y, x] * model.head.last[c, c]
-        else: strength = torch.where(model.prototypes.alive[:, c].flatten(), maps[b, c, :, y, x], -torch.inf)
-        assert int(assigned[b, y, x]) == int(strength.argmax())
-    if head == 'linear': assert (assigned[classes == 1] == survivor).all()
-
-
-def test_assignment_defaults_to_the_predicted_class():
-    model = make_model('groups')
-    out = score(model)
-    assert torch.equal(assignment_map(model, out), assignment_map(model, out, out.logits.argmax(1)))
+        for c in range(C):
+            assigned = found[b][c].assigned[y, x]
+            if c != classes[b, y, x]:
+                assert assigned == -1
+                continue
+            if head == 'groups': strength = maps[b, c, :, y, x] * model.head.last[c, c]
+            else: strength = torch.where(model.prototypes.alive[:, c].flatten(), maps[b, c, :, y, x], -torch.inf)
+            assert assigned == int(strength.argmax())
+    if head == 'linear': assert all((v[1].assigned[v[1].mask] == survivor).all() and v[1].strongest() == [survivor] for v in found)
 
 
 def test_dead_class_is_assigned_to_nothing():
     model = make_model('groups')
     model.prototypes.alive[:, 1] = False
-    out = score(model)
-    assert (assignment_map(model, out, torch.ones(2, 20, 24, dtype=torch.long)) == -1).all()
+    found = views(model, score(model), torch.ones(2, 20, 24, dtype=torch.long))
+    assert all((v[1].assigned == -1).all() and v[1].strongest() == [] for v in found)
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------
@@ -250,13 +252,6 @@ def test_plots_draw_on_the_axis_they_are_given():
     ax = plt.subplots()[1]
     model = make_model('groups')
     assert plot_scale_usage(scale_usage(model), LABELS, scale_names(model), ax) is ax
-    ax = plt.subplots()[1]
-    assigned = torch.full((4, 4), -1)
-    assert plot_assignment(torch.rand(3, 16, 16), assigned, evidence_names(model), ax=ax) is ax
-    assert ax.get_legend() is None
-    assigned[0, 0] = 2
-    plot_assignment(torch.rand(3, 16, 16), assigned, evidence_names(model), ax=ax)
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ['group 3']
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from scaleprotoseg import recipes
 from scaleprotoseg.data import Labels
-from scaleprotoseg.explain import Atlas, assignment_map
+from scaleprotoseg.explain import Atlas, class_view
 from scaleprotoseg.failures import evidence_parts
 from scaleprotoseg.model import build_model, load_model, save_model
 from scaleprotoseg.predict import explain_region
@@ -53,10 +53,10 @@ def test_contributions_add_up_to_logits(model, out):
 
 
 def test_assignment_is_the_nearest_living_of_the_own_class(model, out):
-    chosen = assignment_map(model, out)
-    own = out.similarities[0, 0].masked_fill(~model.prototypes.alive[0, ..., None, None], -2.)
-    expected = own[out.logits[0].argmax(0), :, torch.arange(own.shape[-2])[:, None], torch.arange(own.shape[-1])].argmax(-1)
-    assert torch.equal(chosen[0], expected)
+    predicted, own = out.logits[0].argmax(0), out.similarities[0, 0].masked_fill(~model.prototypes.alive[0, ..., None, None], -2.)
+    for c in range(4):
+        view = class_view(model, out, torch.zeros(3, *predicted.shape), predicted == c, c)
+        assert (view.assigned[view.mask] == own[c].argmax(0).numpy()[view.mask]).all() and (view.assigned[~view.mask] == -1).all()
 
 
 def test_only_correct_positions_move_prototypes(model, out):
