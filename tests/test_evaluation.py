@@ -432,6 +432,13 @@ def test_predictions_of_two_models_are_not_mixed(tmp_path):
     assert export(ds, folder, 'first') == 1
 
 
+def test_pictures_that_are_there_are_not_taken_for_predictions(tmp_path):
+    ds = Listed([told(np.zeros((2, 2), np.int64), np.zeros((2, 2), np.int64))])
+    Image.new('L', (2, 2)).save(tmp_path / 'a.png')
+    with pytest.raises(ValueError, match='unknown origin'): export(ds, tmp_path, 'first')
+    assert not (tmp_path / 'predictions.json').exists()
+
+
 def test_the_name_is_written_before_the_first_prediction(tmp_path):
     ds = Listed([told(np.zeros((2, 2), np.int64), np.zeros((2, 2), np.int64))])
     with pytest.raises(KeyboardInterrupt): export(ds, tmp_path, 'first', Breaks(1))

@@ -233,6 +233,10 @@ def test_prototype_sheet_survives_dead_and_missing_prototypes():
     alive[0] = False
     fig = plot_prototypes(make_atlas(5), LABELS, alive, classes=[2, 0])
     assert {'a', 'c', 's1'} <= set(texts(fig)) and 'b' not in texts(fig)
+    ax = fig.axes[0]
+    tiles = [np.asarray(i.get_array()) for i in ax.images]
+    grey = [bool((t == t[..., :1]).all()) for t in tiles if len(t) > 1]                # not those that were never projected
+    assert len(ax.lines) == 2 * K and grey == [True] * len(grey) and len(grey) == 3   # of scale 1 both classes are crossed out; the atlas knows three of them
 
 
 def test_group_graph_names_groups_scales_and_weights():

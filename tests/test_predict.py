@@ -184,7 +184,7 @@ def test_cell_weights_are_the_mean_of_the_enlarged_map(grid, size):
 @pytest.mark.parametrize('at', [(64, 0), (0, 96), (-1, 3), (1.5, 2.), (1, 2, 3), 'here', np.zeros((64, 96), bool),
                                 np.ones((9, 9), bool), np.ones((64, 96), int)])
 def test_places_outside_the_picture_are_refused(grouped, array, at):
-    with pytest.raises(ValueError): grouped.explain(array, at=at)
+    with pytest.raises(ValueError, match=r'expected \(row, column\) inside|the mask (is empty|has shape)'): grouped.explain(array, at=at)
 
 
 # -- explanations -----------------------------------------------------------------------------------------------------

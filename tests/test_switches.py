@@ -5,19 +5,21 @@ trained twice.
 """
 import csv
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from test_datasets import make_pascal, save, write
 
-from scaleprotoseg import recipes
+from scaleprotoseg import recipes, training
+from scaleprotoseg.data import open_dataset
 from scaleprotoseg.losses import class_weights, cross_entropy, diversity
-from scaleprotoseg.model import load_model
+from scaleprotoseg.model import build_model, load_model, read_tensors
 from scaleprotoseg.projection import touched
 from scaleprotoseg.recipes import find_recipe
 from scaleprotoseg.runs import read_metrics
-from scaleprotoseg.training import Job, StepBatches, passes, run_method, run_stage, start_model
+from scaleprotoseg.training import FrozenViews, Job, StepBatches, passes, run_method, run_stage, start_model
 from scaleprotoseg.transforms import reduce_labels
 
 
@@ -88,6 +90,58 @@ def test_balance_weighs_classes_in_the_cross_entropy_of_the_first_step(run, stag
     x, y = StepBatches(data, recipe.data, model.backbone.mean.flatten().tolist(), 0, stage)[passes(0, recipe.stage(stage).train)[0]]
     logits = model.train_only_(recipe.stage(stage).train.lr)(x).logits
     assert balanced[0]['ce'] == pytest.approx(cross_entropy(logits, reduce_labels(y, logits.shape[-2:]), weights=weights).item(), rel=1e-5)
+
+
+# -- updates -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('stage', ['warmup', 'joint'])
+def test_an_update_in_two_parts_is_that_of_one_batch(run, monkeypatch, stage):
+    folders = {}
+    for name, batch, accumulate in (('one', 2, 1), ('two', 1, 2)):
+        recipe = until(find_recipe('smoke', 'protoseg'), stage)
+        for s in recipe.stages: recipe = in_stage(recipe, s.name, batch=batch, accumulate=accumulate)
+        recipe = replace(recipe, variant=f'{name}_{stage}')
+        monkeypatch.setitem(recipes.RECIPES, recipe.name, recipe)
+        folders[name] = run_method('smoke', 'protoseg', recipe.variant, out=run.out, device='cpu', precision='64-true')[-1]
+    one, two = (log(f) for f in folders.values())
+    for a, b in zip(one, two, strict=True): assert a == pytest.approx(b, rel=1e-6, abs=1e-9)      # losses; as written, with single precision
+    a, b = (read_tensors(f / 'head.safetensors') for f in folders.values())
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=1e-6)
+    assert len(one) == recipe.last.train.steps and {'ce', 'diversity'} <= one[0].keys()
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage(out, tmp_path, monkeypatch):
+    calls, stage_losses = [], training.stage_losses
+    def diverged(*args, **options):
+        calls.append(1)
+        return {k: v * (float('nan') if len(calls) == 2 else 1.) for k, v in stage_losses(*args, **options).items()}
+    monkeypatch.setattr(training, 'stage_losses', diverged)
+    shutil.copytree(out / 'smoke/pretrain', tmp_path / 'smoke/pretrain')
+    with pytest.raises(ValueError, match=r"warmup: \['ce'.* not finite at step 1"): run_stage('smoke', 'protoseg', 'warmup', out=tmp_path, device='cpu')
+    assert not (tmp_path / 'smoke/protoseg/seed0/warmup/metrics.json').exists()
+
+
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
+    data = find_recipe('smoke', 'protoseg').data
+    images = open_dataset('partscapes', 'train', n=5, size=(64, 96))
+    batches, other = (StepBatches(images, data, [0.] * 3, seed, 'joint') for seed in (0, 1))
+    orders = [[b.index(p) for p in range(e * 5, (e + 1) * 5)] for b in (batches, other) for e in range(3)]
+    assert all(sorted(o) == list(range(5)) for o in orders) and len(set(map(tuple, orders))) > 3
+    assert orders[:3] == [[StepBatches(images, data, [0.] * 3, 0, 'joint').index(p) for p in range(e * 5, (e + 1) * 5)] for e in range(3)]
+
+
+def test_kept_similarity_maps_are_those_of_the_views_of_every_epoch():
+    data, n, views = find_recipe('smoke', 'protoseg').data, 3, 2
+    batches = StepBatches(open_dataset('partscapes', 'train', n=n, size=(64, 96)), data, [0.] * 3, 0, 'finetune')
+    torch.manual_seed(0)
+    model = build_model(dict(backbone=dict(name='unet', width=4), activation='sigmoid', head='linear', classes=10, scales=1, channels=4, per_class=2)).eval()
+    kept = FrozenViews(model, batches, views, torch.device('cpu'), progress=False)
+    for p in range(2 * n * views):
+        image, label = batches.view(batches.index(p), 'view', p // n % views)
+        with torch.no_grad(): expected = model(image[None], ('similarities',)).similarities
+        maps, labels = kept[range(p, p + 1)]
+        assert torch.equal(maps, expected) and torch.equal(labels, reduce_labels(label[None], expected.shape[-2:]))
+    assert not torch.equal(kept[range(0, n)][0].sort(0).values, kept[range(n, 2 * n)][0].sort(0).values)     # the second epoch shows other views
 
 
 # -- legacy_labels -----------------------------------------------------------------------------------------------------
