@@ -72,8 +72,8 @@ class Backbone(nn.Module):
     Without `aspp` the trunk must give `channels` channels itself, and S = 1.
     No parameter depends on `inputs`, so weights trained with and without are interchangeable.
     Raises ValueError when the input is not a batch of floating point RGB images, or `inputs` are not in (0, 1)."""
-    def __init__(self, trunk: nn.Module,          # (B, 3, H, W) -> (B, D', h, w)
-                 aspp: nn.Module|None=None,       # (B, D', h, w) -> (B, S, D, h, w), has `scales`
+    def __init__(self, trunk: nn.Module,          # (B, 3, H, W) -> (B, D', h, w), or a list of such maps
+                 aspp: nn.Module|None=None,       # of what the trunk gives -> (B, S, D, h, w), has `scales`
                  *, channels: int,                # D
                  stride: int,                     # image pixels per cell
                  inputs: Sequence[float]=(),      # sizes of further copies of the image; the papers': (0.5, 0.75) or ()

@@ -258,8 +258,7 @@ def _unpack_zip(z: zipfile.ZipFile, archive: Path, folder: Path, bar: Callable):
 
 # %% ../nbs/02_catalogue.ipynb #cell-19
 def download(name: str, root: str | Path | None = None, progress: bool = True,
-             keep: bool = False,  # the archives, after they are unpacked
-            ) -> Path:            # the root
+            ) -> Path:  # the root
     """Download a dataset into `root` (None: the folder `data`) and unpack it; what is done already is not done again.
 
     ValueError if the dataset's terms or its home do not allow a program to fetch it, with how to get it instead; else
@@ -269,10 +268,10 @@ def download(name: str, root: str | Path | None = None, progress: bool = True,
     if not card.archives:
         raise ValueError(f'{name} cannot be downloaded by a program: {card.note or "it has no files."} Home: {card.home}')
     tqdm.write(f'{card.what}. Terms: {card.terms}. Home: {card.home}')
-    for a in card.archives: _get(a, root, progress, keep)
+    for a in card.archives: _get(a, root, progress)
     return root
 
-def _get(a: Archive, root: Path, progress: bool, keep: bool):
+def _get(a: Archive, root: Path, progress: bool):
     "Fetch and unpack one archive, unless its content is there. An archive without a note was not unpacked to the end."
     path = root/'downloads'/a.name
     note = path.with_name(f'{a.name}.json')
@@ -282,4 +281,4 @@ def _get(a: Archive, root: Path, progress: bool, keep: bool):
     if not (root/a.makes).exists():
         raise ValueError(f'{path} does not contain {a.makes}; it is not the file that this package knows')
     note.write_text(json.dumps(facts, indent=2))
-    if not keep: path.unlink()
+    path.unlink()

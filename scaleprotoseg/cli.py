@@ -121,7 +121,7 @@ def check(experiment: str, data_root: DataRoot = None):
     from scaleprotoseg.data import check_dataset, open_dataset, shared_images
     from scaleprotoseg import training  # noqa: F401, makes the datasets known
     known = {e: recipes.recipes_of(e) for e in recipes.experiments()}
-    splits = {json.dumps(dict(o)): (r.data.dataset, dict(o)) for r in lookup(known, experiment, 'experiment') for o in r.data.splits.values()}
+    splits = {json.dumps([r.data.dataset, dict(o)]): (r.data.dataset, dict(o)) for r in lookup(known, experiment, 'experiment') for o in r.data.splits.values()}
     for name, options in splits.values():
         facts = check_dataset(open_dataset(name, root=data_root, **options))
         total = sum(facts['class_pixels'].values()) + facts['void_pixels']
@@ -277,9 +277,10 @@ def data_(download: Annotated[str, typer.Option(help='Fetch this dataset, if its
 
 # %% ../nbs/17_cli.ipynb #cell-20
 @app.command()
-def notebook(source: Path, target: Path,
+def notebook(context: typer.Context, source: Path, target: Path,
              parameter: Annotated[list[str], typer.Option('-p', help='name=value, value as JSON or plain text.')] = []):  # noqa: B006
     "Run a parameterised notebook; unknown parameters and wrong types are errors."
+    _not_handed_on(context, 'a notebook has a kernel of its own; `figures` runs notebooks here')
     from scaleprotoseg.notebooks import check_parameters, notebook_parameters, run_notebook
     from scaleprotoseg.report import check_there, without_leftovers
     given = dict(_parameter(p) for p in parameter)
@@ -291,6 +292,10 @@ def notebook(source: Path, target: Path,
         folder = from_root(told['out']) / told['experiment'] / source.resolve().parent.name if saves else None
         with without_leftovers(folder, source.stem) if folder else nullcontext(): run_notebook(source, target, given)
     except TypeError as e: raise ValueError(str(e)) from e      # a parameter of a wrong type
+
+def _not_handed_on(context, why):
+    "ValueError if there are recipes of somebody's own, which another process would not know."
+    if own := context.find_root().params.get('own'): raise ValueError(f'--recipes {own} does not reach {context.info_name}: {why}')
 
 def _parameter(text):
     name, equals, value = text.partition('=')
@@ -347,9 +352,10 @@ def record(experiment: str, runs: Out = Path('runs'), recorded: Records = Path('
 
 # %% ../nbs/17_cli.ipynb #cell-23
 @app.command()
-def reproduce(experiment: str = 'demo', cores: int = 0, data_root: DataRoot = None, device: Device = 'auto', precision: Precision = '32-true',
+def reproduce(context: typer.Context, experiment: str = 'demo', cores: int = 0, data_root: DataRoot = None, device: Device = 'auto', precision: Precision = '32-true',
               target: Annotated[str, typer.Option(help='Rule or file to run up to: all, trained (only the training jobs), or the marker of one training.')] = 'all'):
     "Train all methods of an experiment, run its notebooks and write its report; safe to interrupt and call again."
+    _not_handed_on(context, 'a workflow starts programs of its own; `train`, `figures` and `report` do the same here')
     from scaleprotoseg.model import pick_device
     from scaleprotoseg.runs import locked
     if not find_spec('snakemake'): raise ModuleNotFoundError(name='snakemake')

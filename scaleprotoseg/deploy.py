@@ -22,7 +22,7 @@ from .predict import Predictor
 
 # %% ../nbs/15_deploy.ipynb #cell-05
 class Deployed(nn.Module):
-    "A model as a function of an image alone: logits, and the evidence that they are a weighted sum of."
+    "A model as a function of an image alone: logits, and the evidence that they are made of, see `description`."
     def __init__(self, model: Model):
         super().__init__()
         self.model, self.kind = model, None if model.prototypes is None else evidence_kind(model)
@@ -33,11 +33,15 @@ class Deployed(nn.Module):
         return out.logits, evidence_maps(out)
 
 def description(predictor: Predictor) -> dict:
-    "JSON-plain: what the numbers of a deployed model mean."
+    """JSON-plain: what the numbers of a deployed model mean.
+
+    `last` (C, C, E) weighs the evidence: logits are the sum over all of it if the head is `additive`; else (prototype view) of each class only the
+    largest that has a weight counts."""
     model, labels = predictor.model, predictor.labels.to_dict()
     facts = {'source': '/'.join(predictor.folder.parts[-4:]), 'labels': labels, 'evaluation': asdict(predictor.how), 'input': 'image (1, 3, H, W), RGB in 0..1'}
     if model.prototypes is None: return facts
-    return {**facts, 'evidence': evidence_names(model), 'last': evidence_weights(model).cpu().tolist()}   # 0 from dead prototypes
+    return {**facts, 'evidence': evidence_names(model), 'last': evidence_weights(model).cpu().tolist(),    # 0 from dead prototypes
+            'additive': model.head.additive}
 
 # %% ../nbs/15_deploy.ipynb #cell-07
 TOLERANCE = 1e-3   # of the largest number of an output, between the model and its file
@@ -68,8 +72,9 @@ def export_model(predictor: Predictor,
             except Exception as e:       # of another library, which has no common kind
                 raise ValueError(f'{path} does not run on images of {shape[0]} x {shape[1]} pixels ({e}){"" if size else "; give the height and width of all images to come"}') from e
             for name, got, want in zip(names, given, wanted):
-                found[name] = max(found.get(name, 0.), float((got - want).abs().max() / want.abs().max().clamp_min(1e-9)))
-        if (worst := max(found.values())) > TOLERANCE: raise ValueError(f'{path} would give other numbers than the model: {worst:.2g} of the largest')
+                apart = float((got - want).abs().max() / want.abs().max().clamp_min(1e-9))
+                if not apart <= TOLERANCE: raise ValueError(f'{path} would give other {name} than the model: {apart:.2g} of the largest')      # NaN too
+                found[name] = max(found.get(name, 0.), apart)
     found: dict[str, float] = {}
     replace_file(path, write_and_check)
     return {'file': str(path), 'outputs': names, 'deviation': found}

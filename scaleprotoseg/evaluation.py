@@ -99,7 +99,7 @@ def file_values(dataset: Dataset) -> np.ndarray:  # (C,) uint8
     return np.array(values, np.uint8)
 
 def save_prediction(path: Path, label: np.ndarray, dataset: Dataset):  # label: (H, W) int, 0..C-1
-    "Write a class map as the dataset's own label files are: palette PNG, or greyscale if `dataset.grey`."
+    "Write a class map with the values of the dataset's own label files: as PNG with a palette, or in grey where its benchmark asks for that (`dataset.grey`)."
     path.parent.mkdir(parents=True, exist_ok=True)     # ids may name sub-folders
     values = file_values(dataset)
     picture = Image.fromarray(values[label])

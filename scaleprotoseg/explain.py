@@ -282,13 +282,11 @@ def normalized(heat: Tensor | np.ndarray,                  # (h, w)
 
 def value_range(maps: Tensor | np.ndarray,       # (..., H, W)
                 mask: np.ndarray | None = None,  # (H, W) bool; None: everywhere
-                tail: float = 0.,                # share of the values that may lie outside, at either end
                ) -> tuple[float, float]:
     "Smallest and largest value of all maps inside the mask: one scale for pictures that are compared; 0, 0 if empty."
     maps = np.asarray(maps.detach().cpu() if isinstance(maps, Tensor) else maps)
     values = maps if mask is None else maps[..., mask]
     if not values.size: return 0., 0.
-    if tail: return tuple(np.quantile(values, (tail, 1 - tail)).tolist())
     return float(values.min()), float(values.max())
 
 def overlay(image: Tensor | np.ndarray,         # (3, H, W) float in [0, 1], or (H, W, 3) uint8

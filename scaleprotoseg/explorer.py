@@ -203,7 +203,7 @@ def explorable_runs(run: str | Path) -> dict[str, Path]:
     found = {_run_name(seed): first}
     for folder in sorted(seed.parents[2].glob('*/*/seed*')):
         try: stage = last_stage(folder)
-        except FileNotFoundError: continue                                 # still training
+        except (FileNotFoundError, ValueError): continue                   # still training, or damaged: not the run that was asked for
         if folder != seed and (stage / 'prototypes.json').is_file(): found[_run_name(folder)] = stage
     return found
 

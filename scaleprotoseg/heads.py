@@ -150,14 +150,15 @@ class GroupHead(PrototypeHead):
 class NearestHead(PrototypeHead):
     "The largest similarity of each class, times one number for all (prototype view, Sec. 3)."
     additive = False                 # a class's logit is that of its nearest prototype, not a sum over prototypes
+    factor = 10.                     # of cosines: 1 / temperature
 
-    def __init__(self, scales: int, classes: int, per_class: int, factor: float = 10.):   # of cosines: 1 / temperature
+    def __init__(self, scales: int, classes: int, per_class: int):
         super().__init__()
-        self.factor, self.evidence_shape = factor, (scales, per_class)
-        self.register_buffer('between', factor * class_prior(classes, off_class=0.), persistent=False)    # (C, C), nothing to save
+        self.evidence_shape = scales, per_class
+        self.register_buffer('between', self.factor * class_prior(classes, off_class=0.), persistent=False)    # (C, C), nothing to save
 
     def forward(self, similarities: Tensor, alive: Tensor) -> tuple[Tensor, None]:
-        "Logits (B, C, h, w), and None: there are no groups. A class without a living prototype has the score of the farthest, -1."
+        "Logits (B, C, h, w), and None: there are no groups. A class without a living prototype has the logit of the farthest, `-factor`."
         best = similarities.masked_fill(~alive[..., None, None], -1.).amax((1, 3))
         return best * self.factor, None
 

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LEGACY', 'PASCAL_LEGACY_CLASSES', 'VALUES', 'key_points', 'PartTest', 'quantile_rank', 'ranked_values',
-           'nearest_cells', 'bilinear_reader', 'points_on', 'part_hits', 'hit_chance', 'PartScores', 'add_noise',
-           'score_parts', 'used_prototypes', 'living_groups', 'strongest_weights', 'sparsity_curve', 'sparsity',
-           'strongest_area', 'GroupOverlap', 'score_overlap', 'throughput']
+           'nearest_cells', 'bilinear_reader', 'points_on', 'part_hits', 'PartScores', 'add_noise', 'score_parts',
+           'used_prototypes', 'living_groups', 'strongest_weights', 'sparsity_curve', 'sparsity', 'strongest_area',
+           'GroupOverlap', 'score_overlap', 'throughput']
 
 # %% ../nbs/09_interpretability.ipynb #cell-03
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import exp, floor, lgamma
+from math import floor
 
 import cv2
 import numpy as np
@@ -157,14 +157,6 @@ def part_hits(similarities: Tensor,  # (S, C, K, h, w)
         count = on.new_zeros((*on.shape[:2], parts), dtype=torch.int64).index_add_(-1, mine[:, 1] - 1, on.long())
         hits[:, :, c] = (count > 0).unflatten(1, (S, K))
     return hits
-
-# %% ../nbs/09_interpretability.ipynb #cell-25
-def hit_chance(pixels: int, points: int, quantile: float) -> float:
-    "Probability that shuffled values without ties hit one of `points` different pixels of a class of `pixels` pixels."
-    off = quantile_rank(pixels, quantile) + 1
-    if points > off: return 1.
-    log = lambda n: lgamma(n + 1) - lgamma(n - points + 1)
-    return 1 - exp(log(off) - log(pixels))
 
 # %% ../nbs/09_interpretability.ipynb #cell-28
 class PartScores:

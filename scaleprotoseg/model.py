@@ -114,7 +114,7 @@ class Model(nn.Module):
         return Output(**{name: getattr(out, name) for name in want})
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
-        "Parameters by the names that recipes use: trunk, aspp, prototypes, groups, last. Batch norm belongs to the trunk."
+        "Parameters by the names that recipes use: trunk, aspp, prototypes, groups, last. Batch norm belongs to the part that it is in."
         named = {'trunk': self.backbone.trunk, 'aspp': self.backbone.aspp, 'prototypes': self.prototypes}
         parts = {name: list(m.parameters()) for name, m in named.items() if m is not None}
         if isinstance(self.head, GroupHead): parts |= {'groups': [self.head.weights], 'last': [self.head.last]}
@@ -125,15 +125,16 @@ class Model(nn.Module):
         """Let the named parts train; all others need no gradient and are in eval mode, so that frozen features stay what they were.
 
         With `batch_norm=False` the trunk's batch norm keeps its statistics and affine weights while its convolutions
-        train (spec 1.5, the published setting for ImageNet backbones)."""
+        train (spec 1.5, the published setting for ImageNet backbones). That of a `LevelHead` starts at random, so it learns whenever `aspp` does."""
         parts, names = self.parts(), list(names)
         for name in names: lookup(parts, name, 'part')
         self.eval().requires_grad_(False)
         for name in names:
             for p in parts[name]: p.requires_grad_(True)
+        if 'aspp' in names: self.backbone.aspp.train()
         if 'trunk' in names:
-            self.backbone.train()
-            if not batch_norm: freeze_batch_norm_(self.backbone)
+            self.backbone.trunk.train()
+            if not batch_norm: freeze_batch_norm_(self.backbone.trunk)
         return self
 
 # %% ../nbs/06_model.ipynb #cell-packed1
@@ -271,7 +272,7 @@ def read_config(folder: Path) -> dict:
         raise FileNotFoundError(f'no model in {folder}: expected config.json, backbone.safetensors and head.safetensors')
     try: config = json.loads(path.read_text())
     except json.JSONDecodeError as e: raise ValueError(f'{path} is not valid JSON ({e})') from e
-    needed = {'backbone', 'head', 'activation', 'classes', 'scales', 'channels'}
+    needed = {'backbone', 'head', 'activation', 'classes'}      # what else a head needs, `build_model` says
     if not isinstance(config, dict) or not needed <= config.keys():
         raise ValueError(f'{path} does not describe a model: expected an object with {sorted(needed)}')
     return config

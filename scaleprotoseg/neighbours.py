@@ -5,6 +5,7 @@
 # %% ../nbs/13_neighbours.ipynb #cell-03
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -34,8 +35,9 @@ if TYPE_CHECKING:   # slow to import: the functions that need them do it for the
 __all__ = ['Key', 'CELL_COLOUR', 'BOX_COLOUR', 'RANK_COLOURS', 'check_prototypes', 'find_patches', 'purity_table', 'Patch',
            'shrunk', 'read_patches', 'prototype_weights', 'leading_prototypes', 'prototype_name',
            'plot_nearest_patches', 'Neighbour', 'Place', 'random_cells', 'region_box', 'nearest_prototypes',
-           'neighbour_agreement', 'plot_nearest_prototypes', 'top_cells', 'Overlap', 'measure_overlap', 'group_pairs',
-           'group_agreement', 'plot_group_agreement', 'agreement_map', 'plot_group_members']
+           'neighbour_agreement', 'plot_nearest_prototypes', 'top_cells', 'Overlap', 'random_overlap',
+           'measure_overlap', 'group_pairs', 'group_agreement', 'plot_group_agreement', 'agreement_map',
+           'plot_group_members']
 
 # %% ../nbs/13_neighbours.ipynb #cell-07
 def check_prototypes(model: Model):
@@ -428,6 +430,12 @@ class Overlap:
     largest: Tensor   # (C,) the image in which the class covers most; -1: nowhere
     chance: Tensor    # (C,) IoU of marks at random places, mean over the same images; NaN without images
 
+def random_overlap(n: int, m: int) -> float:
+    "Mean IoU of two random choices of m of n cells; how many cells they share is hypergeometric."
+    n, m, x = torch.tensor(float(n)).double(), torch.tensor(float(m)).double(), torch.arange(max(0, 2 * m - n), m + 1, dtype=torch.float64)
+    log = lambda n, k: torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)        # of a binomial coefficient
+    return float(((log(m, x) + log(n - m, m - x) - log(n, m)).exp() * x / (2 * m - x).clamp_min(1)).sum())
+
 def measure_overlap(model: Model, dataset: Dataset,
                     how: Evaluation = Evaluation(),     # noqa: B008, frozen
                     share: float = 0.05,                # of the class's cells that a prototype marks
@@ -451,8 +459,9 @@ def measure_overlap(model: Model, dataset: Dataset,
         values, segment = own_class(out.similarities, label)
         total += _overlaps(top_cells(values.flatten(0, 1), segment, share), segment, C + 1)[:C]
         count += counted.cpu()
-        marks = (area.cpu() * share - 1e-9).ceil()                  # of n cells, as `top_cells` counts them
-        chance += torch.where(counted.cpu(), marks / (2 * area.cpu() - marks).clamp_min(1), 0.)
+        for c in counted.nonzero()[:, 0].tolist():
+            n = int(area[c])
+            chance[c] += random_overlap(n, math.ceil(n * share - 1e-9))         # marks as `top_cells` counts them
     return Overlap(total / count[:, None, None], count, largest, chance / count)
 
 def _overlaps(marked: Tensor, segment: Tensor, classes: int) -> Tensor:  # (P, N), (N,) -> (C, P, P) float64, on the CPU

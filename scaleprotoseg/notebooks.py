@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -27,12 +28,14 @@ _TYPES = {'str': str, 'int': int, 'float': (int, float), 'bool': bool, 'list': (
 def notebook_parameters(notebook: str | Path) -> dict[str, dict]:
     "Name → type name, default and help of each parameter. ValueError without a cell tagged `parameters`."
     import papermill
-    cells = _read_notebook(Path(notebook))['cells']
-    if not any('parameters' in c['metadata'].get('tags', ()) for c in cells):
-        raise ValueError(f'{notebook} has no cell tagged `parameters`; tag the cell with the defaults '
-                         '(in its metadata: "tags": ["parameters"])')
+    _tagged(_read_notebook(Path(notebook))['cells'], notebook)
     return {name: {'type': p['inferred_type_name'], 'default': p['default'], 'help': p['help']}
             for name, p in papermill.inspect_notebook(str(notebook)).items()}
+
+def _tagged(cells: list[dict], notebook: str | Path) -> list[str]:
+    "The code of the cells of defaults. ValueError without one."
+    if found := [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ())]: return found
+    raise ValueError(f'{notebook} has no cell tagged `parameters`; tag the cell with the defaults (in its metadata: "tags": ["parameters"])')
 
 def _read_notebook(path: Path) -> dict:
     if not path.is_file(): raise FileNotFoundError(f'there is no notebook {path}')
@@ -91,8 +94,9 @@ def run_cells(source: str | Path, parameters: Mapping):
 
     Raises what `check_parameters` raises, before anything runs, and `NotebookFailed` with the cell and its error."""
     cells = [c for c in _read_notebook(Path(source))['cells'] if c['cell_type'] == 'code']
-    given = [''.join(c['source']) for c in cells if 'parameters' in c['metadata'].get('tags', ())]
-    _check({n.target.id: ast.unparse(n.annotation) for code in given for n in ast.parse(code).body if isinstance(n, ast.AnnAssign)}, source, parameters)
+    defaults = [n for code in _tagged(cells, source) for n in ast.parse(code).body]
+    known = {x.id: 'None' for n in defaults if isinstance(n, ast.Assign) for x in n.targets if isinstance(x, ast.Name)}      # of no type, as papermill says it
+    _check(known | {n.target.id: ast.unparse(n.annotation) for n in defaults if isinstance(n, ast.AnnAssign)}, source, parameters)
     names = {'display': lambda *shown, **how: None, '__name__': '__main__'}         # a kernel has both
     for number, cell in enumerate(cells, 1):
         try: exec(compile(''.join(cell['source']), f'{source}, cell {number}', 'exec'), names)
@@ -102,13 +106,14 @@ def run_cells(source: str | Path, parameters: Mapping):
 # %% ../nbs/11_notebooks.ipynb #cell-run-08
 def without_machine_paths(x, roots: Iterable[tuple[str, str]] | None = None):
     "A nested structure of a notebook with the paths of this machine in its strings shortened; pictures are left alone."
-    roots = list(_machine_roots()) if roots is None else roots
-    if isinstance(x, Mapping):
-        return {k: v if str(k).startswith('image/') else without_machine_paths(v, roots) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [without_machine_paths(v, roots) for v in x]
-    if isinstance(x, str):
-        for root, short in roots: x = x.replace(root, short)
-    return x
+    short = dict(_machine_roots() if roots is None else roots)
+    ends = lambda root: '' if root.endswith('/') else r'(?![\w-]|\.\w)'           # not the beginning of another name
+    places = re.compile('|'.join(re.escape(root) + ends(root) for root in sorted(short, key=len, reverse=True)) or '(?!)')
+    def shortened(x):
+        if isinstance(x, Mapping): return {k: v if str(k).startswith('image/') else shortened(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)): return [shortened(v) for v in x]
+        return places.sub(lambda found: short[found[0]], x) if isinstance(x, str) else x
+    return shortened(x)
 
 def smaller_pictures(x):
     "A nested structure of a notebook with its pictures in 256 colours, about a third of the size; `save_figure` keeps all."
@@ -123,11 +128,11 @@ def _in_256_colours(png: str) -> str:
     return small if len(small) < len(png) else png
 
 def _machine_roots():
-    "What to replace by what, the longest first; a root as short as `/` is not replaced."
+    "What to replace by what; a root as short as `/` is not replaced."
     package = Path(__file__).parents[1] if '__file__' in globals() else Path.cwd()
     elsewhere = (sys.prefix, sys.base_prefix, Path.home(), tempfile.gettempdir())
     roots = {Path.cwd(): '', package: ''} | {Path(p): '…/' for p in elsewhere}
     pairs = {f'{p}/': short for q, short in roots.items() for p in (q, q.resolve()) if len(p.parts) > 1}
-    for root in sorted(pairs, key=len, reverse=True):
-        yield root, pairs[root]
-        yield root[:-1], '.' if not pairs[root] else '…'
+    for root, short in pairs.items():
+        yield root, short
+        yield root[:-1], '…' if short else '.'

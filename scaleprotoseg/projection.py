@@ -123,7 +123,7 @@ class Projection:
         new = vectors[s].to(self.vectors.dtype)
         self.distance[s, c, k] = (self.vectors[s, c, k] - new).square().sum(-1)
         self.vectors[s, c, k], self.image[s, c, k], self.cell[s, c, k] = new, image, 0
-        # no position of the class, so no region to show: a flat map makes `trace` show the cell
+        # no position of the class, so no region to show: of a flat map `trace` shows the cell (or what is too thin for a cell)
         self.maps |= {key: np.zeros(grid, np.float16) for key in zip(s.tolist(), c.tolist(), k.tolist())}
 
 # %% ../nbs/08_projection.ipynb #cell-13

@@ -477,7 +477,7 @@ def plot_claims(pairs: Mapping[str, pd.DataFrame],  # `claims_pairs` by what the
 def claims_runs(frame: pd.DataFrame, asked: Iterable[Claim]) -> pd.DataFrame:
     "The rows of `collect` behind `claims_pairs`."
     import pandas as pd
-    return pd.concat([_at(frame, x) for c in asked for x in (c.this, c.against)]).drop_duplicates(['method', 'variant', 'stage', 'seed'])
+    return pd.concat([frame[:0], *(_at(frame, x) for c in asked for x in (c.this, c.against))]).drop_duplicates(['method', 'variant', 'stage', 'seed'])
 
 def _at(frame, case):
     "The runs of a case; those of a main recipe on other divisions of the images are among them."
@@ -711,14 +711,13 @@ def plot_comparison(samples: list[Sample],
     titles, (h, w) = ['image', 'truth', *predictions], samples[0].label.shape
     size = (width, len(samples) * width / len(titles) * h / w + 0.7)
     fig, axes = plt.subplots(len(samples), len(titles), squeeze=False, layout='constrained', figsize=size)
-    for i, s in enumerate(samples):
-        maps = [s.label, *(p[i].where(s.label >= 0, -1) for p in predictions.values())]
+    shown = [[s.label, *(p[i].where(s.label >= 0, -1) for p in predictions.values())] for i, s in enumerate(samples)]
+    for i, (s, maps) in enumerate(zip(samples, shown)):
         for ax, picture in zip(axes[i], [s.image.permute(1, 2, 0).numpy(), *map(labels.colorize, maps)]):
             ax.imshow(picture, interpolation='nearest')
             ax.set_axis_off()
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=10)
-    shown = [m for maps in ([s.label for s in samples], *predictions.values()) for m in maps]
-    here = sorted({c for m in shown for c in m.unique().tolist() if c >= 0})
+    here = sorted({c for maps in shown for m in maps for c in m.unique().tolist() if c >= 0})
     rgb = [[v / 255 for v in labels.colors[c]] for c in here]
     fig.legend([Patch(facecolor=c, edgecolor='0.3') for c in rgb], [labels.names[c] for c in here], frameon=False,
                loc='outside lower center', ncols=min(10, len(here)), fontsize=9, handlelength=1)

@@ -19,13 +19,14 @@ def write_stage(folder: Path, head='groups', scales=4, backbone=None, recipe='sm
     "A stage folder with random weights and, for prototype heads, real patches."
     folder.mkdir(parents=True)
     torch.manual_seed(0)
-    config = dict(backbone=backbone or dict(name='deeplabv2', arch='resnet18'), activation='sigmoid', head=head,
+    kind = dict(activation='unit', similarity='cosine') if head == 'nearest' else dict(activation='sigmoid')
+    config = dict(backbone=backbone or dict(name='deeplabv2', arch='resnet18'), **kind, head=head,
                   classes=10, scales=scales, channels=8, per_class=2, groups=3, labels=DATA.labels.to_dict(),
                   recipe=recipe, stage=folder.name)
     model = build_model(config).eval()
     if model.prototypes is not None:
         for conv in model.backbone.aspp.convs: conv.weight.data.mul_(20)
-        model.head.last.data.uniform_(-1, 1)
+        if head != 'nearest': model.head.last.data.uniform_(-1, 1)
         projection = Projection(model.prototypes)
         with torch.no_grad():
             for i in range(len(DATA)):

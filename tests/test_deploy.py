@@ -16,10 +16,20 @@ from scaleprotoseg.predict import load
 def stages(tmp_path_factory):
     runs = tmp_path_factory.mktemp('runs') / 'smoke'
     return {'groups': write_stage(runs / 'scaleprotoseg/seed0/threshold'), 'linear': write_stage(runs / 'protoseg/seed0/finetune', 'linear', 1, recipe='smoke/protoseg'),
-            'pixel': write_stage(runs / 'linear/seed0/joint', 'pixel', 1, recipe='smoke/linear')}
+            'pixel': write_stage(runs / 'linear/seed0/joint', 'pixel', 1, recipe='smoke/linear'),
+            'nearest': write_stage(runs / 'prototype_view/seed0/joint', 'nearest', 1, recipe='smoke/prototype_view')}
 
 
-@pytest.mark.parametrize('head', ['groups', 'linear', 'pixel'])
+def by_hand(facts, evidence):
+    "Logits from what a deployed file gives and says."
+    last = torch.tensor(facts['last'])                                     # (C, C, E)
+    if facts['additive']: return torch.einsum('tce,bcehw->bthw', last, evidence)
+    own = last.diagonal().T                                                # (C, E): other classes have no say
+    assert torch.equal(last, torch.diag_embed(own.T).permute(1, 2, 0))
+    return (evidence * own[..., None, None]).masked_fill((own == 0)[..., None, None], -torch.inf).amax(2)
+
+
+@pytest.mark.parametrize('head', ['groups', 'linear', 'pixel', 'nearest'])
 def test_onnx_takes_images_of_any_size_and_explains_them(stages, head, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime', reason='onnxruntime is not installed (extra `deploy`)')
     pytest.importorskip('onnxscript', reason='onnxscript is not installed (extra `deploy`)')
@@ -33,7 +43,7 @@ def test_onnx_takes_images_of_any_size_and_explains_them(stages, head, tmp_path)
     for image in (DATA[0].image[None], torch.rand(1, 3, 71, 130)):
         logits, *evidence = (torch.from_numpy(x) for x in session.run(None, {'image': image.numpy()}))
         with torch.no_grad(): want = predictor.model(image).logits
-        for got in (logits, *(torch.einsum('tce,bcehw->bthw', torch.tensor(facts['last']), x) for x in evidence)):
+        for got in (logits, *(by_hand(facts, x) for x in evidence)):
             assert (got - want).abs().max() < 1e-3 * want.abs().max()      # groups grow to 10^4 where a prototype is met
     assert all(torch.equal(v, before[k]) for k, v in predictor.model.state_dict().items())
     assert all(p.requires_grad for p in predictor.model.parameters())
@@ -51,6 +61,13 @@ def test_a_program_of_torch_for_one_size(stages, tmp_path):
     assert json.loads(extra['scaleprotoseg'])['evidence'] == ['group 1', 'group 2', 'group 3']
 
 
+def test_a_file_of_nan_is_not_kept(stages, tmp_path, monkeypatch):
+    write, run = deploy.WRITERS['.pt2']
+    monkeypatch.setitem(deploy.WRITERS, '.pt2', (write, lambda file, image: [x * float('nan') for x in run(file, image)]))
+    with pytest.raises(ValueError, match='would give other logits than the model: nan'): export_model(load(stages['groups']), tmp_path / 'model.pt2', (64, 96))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('name, size, match', [('model.tflite', None, 'expected a name that ends in .onnx or .pt2'), ('model', (64, 96), 'expected a name'),
                                                ('model.pt2', None, 'give their height and width')])
 def test_wrong_wishes_are_refused(stages, tmp_path, name, size, match):
@@ -62,7 +79,7 @@ def test_a_file_with_other_numbers_is_not_kept(stages, tmp_path, monkeypatch):
     write, run = deploy.WRITERS['.pt2']
     monkeypatch.setitem(deploy.WRITERS, '.pt2', (write, lambda file, image: [1.01 * x for x in run(file, image)]))
     (tmp_path / 'model.pt2').write_text('an earlier file')
-    with pytest.raises(ValueError, match='would give other numbers than the model: 0.01'): export_model(load(stages['groups']), tmp_path / 'model.pt2', (64, 96))
+    with pytest.raises(ValueError, match='would give other logits than the model: 0.01'): export_model(load(stages['groups']), tmp_path / 'model.pt2', (64, 96))
     assert [p.read_text() for p in tmp_path.iterdir()] == ['an earlier file']
 
 

@@ -342,6 +342,14 @@ def test_a_mistake_in_a_file_of_recipes_is_named_with_its_line(monkeypatch, caps
     assert code == 2 and f'{tmp_path / "mine.py"}, {expected}' in said
 
 
+@pytest.mark.parametrize('command, words', [(('reproduce', '--experiment', 'smoke'), '`train`, `figures` and `report`'),
+                                            (('notebook', 'nbs/paper/scaleprotoseg/table_01.ipynb', 'out.ipynb'), '`figures` runs notebooks here')], ids=['reproduce', 'notebook'])
+def test_recipes_that_would_not_reach_another_program_are_refused(monkeypatch, capsys, tmp_path, command, words):
+    (tmp_path / 'mine.py').write_text('')
+    code, said = call(monkeypatch, capsys, '--recipes', tmp_path / 'mine.py', *command)
+    assert code == 2 and f'--recipes {tmp_path / "mine.py"} does not reach {command[0]}' in said and words in said
+
+
 def test_wrong_options_of_a_dataset_suggest_the_nearest():
     with pytest.raises(KeyError, match="unknown option of dataset 'partscapes' 'sede'; did you mean 'seed'"): data.open_dataset('partscapes', 'val', sede=3)
 

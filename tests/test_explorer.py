@@ -1,5 +1,6 @@
 """The state of the explorer: a switch is a cleared bit, everything on is the model, and the model never changes."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,12 @@ def test_the_pixel_under_the_mouse_is_the_pixel_under_the_ring(shown):
 def test_runs_with_prototypes_are_offered_the_given_one_first(stages):
     assert list(explorable_runs(stages['linear'])) == ['smoke/protoseg/seed0', 'smoke/scaleprotoseg/seed0']
     assert explorable_runs(stages['groups'].parent)['smoke/scaleprotoseg/seed0'] == stages['groups']
+
+
+def test_a_damaged_run_does_not_hide_the_others(stages, tmp_path):
+    shutil.copytree(stages['groups'].parents[2], tmp_path / 'smoke')
+    (tmp_path / 'smoke/protoseg' / '/'.join(stages['linear'].parts[-2:]) / 'config.json').write_text('{broken')
+    assert list(explorable_runs(tmp_path / 'smoke/scaleprotoseg' / stages['groups'].parent.name)) == ['smoke/scaleprotoseg/seed0']
 
 
 def test_datasets_are_known_without_further_imports(stages):

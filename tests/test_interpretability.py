@@ -13,7 +13,7 @@ from torch import nn
 
 from scaleprotoseg.heads import GroupHead, LinearHead, PixelHead
 from scaleprotoseg.interpretability import (LEGACY, PASCAL_LEGACY_CLASSES, GroupOverlap, PartScores, PartTest, add_noise,
-                                            hit_chance, key_points, living_groups, part_hits, points_on, quantile_rank,
+                                            key_points, living_groups, part_hits, points_on, quantile_rank,
                                             ranked_values, score_overlap, score_parts, sparsity, sparsity_curve,
                                             strongest_area, throughput, used_prototypes)
 from scaleprotoseg.model import Model
@@ -311,6 +311,12 @@ def test_a_perfect_part_detector_is_consistent_and_zero_noise_is_stable(streets)
     assert [r['stability'] for r in result['quantiles']] == [1, 1, 1, 1]
     best = {(p['cls'], p['part']) for p in scores.prototypes(findable[None])}
     assert all(p['share'] == 1 for p in scores.prototypes(findable[None])) and len(best) > 4
+
+
+def hit_chance(pixels, points, quantile):
+    """Probability that shuffled values without ties hit one of `points` pixels of a class of `pixels` pixels: 1 - C(N - a, m) / C(N, m), a values on."""
+    off = quantile_rank(pixels, quantile) + 1
+    return 1 - math.comb(off, points) / math.comb(pixels, points)
 
 
 def test_shuffled_maps_hit_parts_as_often_as_chance(streets):

@@ -224,3 +224,20 @@ def test_mixed_precision_does_not_reach_past_the_features(head):
     for name in ('logits', *names):
         if getattr(want, name) is None: continue
         assert getattr(out, name).dtype == torch.float32 and torch.equal(getattr(out, name), getattr(want, name))
+
+
+@pytest.mark.parametrize('parts, batch_norm, learns', [(['aspp'], False, {'aspp'}), (['trunk', 'aspp'], False, {'aspp'}), (['trunk', 'aspp'], True, {'trunk', 'aspp'}),
+                                                       (['trunk'], True, {'trunk'}), (['trunk'], False, set())])
+def test_batch_norm_and_dropout_belong_to_the_part_that_they_are_in(parts, batch_norm, learns):
+    "HRNet's trunk comes with batch norm, and the head of its levels begins with a fresh one."
+    model = build(CONFIG | {'backbone': {'name': 'hrnet', 'arch': 'hrnet_w18_small'}, 'scales': 1}).train_only_(parts, batch_norm)
+    for name in ('trunk', 'aspp'):
+        norms = [m for m in getattr(model.backbone, name).modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert norms and {(m.training, m.weight.requires_grad) for m in norms} == {(name in learns,) * 2}
+        assert all(m.training == (name in parts) for m in getattr(model.backbone, name).modules() if isinstance(m, nn.Dropout2d))
+
+
+def test_a_black_box_that_needs_no_scales_comes_back(tmp_path, images):
+    config = {'backbone': {'name': 'unet', 'width': 2, 'aspp': False}, 'head': 'direct', 'activation': 'none', 'classes': 3}
+    save_model(model := build(config).eval(), config, tmp_path)
+    assert torch.equal(load_model(tmp_path)(images).logits, model(images).logits)

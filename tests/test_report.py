@@ -18,7 +18,7 @@ from scaleprotoseg.data import Labels, Sample
 from scaleprotoseg.notebooks import NotebookFailed, check_parameters, notebook_parameters, run_cells, run_notebook, without_machine_paths
 from scaleprotoseg.recipes import experiments, find_recipe, recipes_of
 from scaleprotoseg.records import collect
-from scaleprotoseg.report import (STEPS, ablation_table, accuracy_table, build_report, compare, compared, entropy_cases,
+from scaleprotoseg.report import (STEPS, ablation_table, accuracy_table, build_report, claims_runs, compare, compared, entropy_cases,
                                   find_published, plot_comparison, published, published_recipe, published_recipes,
                                   recipe_table, save_figure, save_table, size_cases, steps_table, threshold_cases, used_runs)
 
@@ -256,7 +256,10 @@ def test_void_of_the_truth_is_black_in_every_prediction():
     labels = Labels(('a', 'b'), ((255, 0, 0), (0, 255, 0)))
     label = torch.zeros(4, 6, dtype=torch.int64); label[0] = -1
     prediction = torch.ones(4, 6, dtype=torch.int64)
+    prediction[0, 0] = 0                                                                 # the same as the truth, but where that is void
+    label[1:] = 1
     fig = plot_comparison([Sample(torch.zeros(3, 4, 6), label, 'x')], {'one': [prediction]}, labels)
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ['b']                   # what is seen
     shown = fig.axes[2].images[0].get_array()
     assert (shown[0] == 0).all() and (shown[1:] == [0, 255, 0]).all()
 
@@ -297,10 +300,24 @@ def test_wrong_parameters_are_refused_before_anything_runs(tmp_path, parameters,
 
 def test_a_notebook_that_lost_its_tag_is_refused(tmp_path):
     book(tmp_path / 'a.ipynb', tags=())
-    with pytest.raises(ValueError, match='tagged `parameters`'): check_parameters(tmp_path / 'a.ipynb', {})
+    for refuse in (check_parameters, run_cells):
+        with pytest.raises(ValueError, match='tagged `parameters`'): refuse(tmp_path / 'a.ipynb', {})
     (tmp_path / 'c.ipynb').write_text('{')
     with pytest.raises(ValueError, match='not a notebook'): check_parameters(tmp_path / 'c.ipynb', {})
     with pytest.raises(FileNotFoundError, match='no notebook'): check_parameters(tmp_path / 'd.ipynb', {})
+
+
+def test_a_parameter_without_a_type_takes_any_value(tmp_path):
+    v4 = nbformat.v4
+    cells = [v4.new_code_cell('free = 3', metadata={'tags': ['parameters']}), v4.new_code_cell(f'open({str(tmp_path / "said")!r}, "w").write(str(free))')]
+    (tmp_path / 'a.ipynb').write_text(nbformat.writes(v4.new_notebook(cells=cells, metadata={'kernelspec': {'name': 'python3', 'display_name': 'python3', 'language': 'python'}})))
+    check_parameters(tmp_path / 'a.ipynb', {'free': 'x'})
+    run_cells(tmp_path / 'a.ipynb', {'free': 'x'})
+    assert (tmp_path / 'said').read_text() == 'x'
+
+
+def test_claims_of_an_experiment_with_nothing_to_compare_rest_on_no_run(runs):
+    assert len(claims_runs(collect(runs, 'smoke'), [])) == 0
 
 
 def test_executed_notebook_has_its_parameters_and_no_path_of_the_machine(tmp_path, monkeypatch):
