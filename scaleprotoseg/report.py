@@ -620,12 +620,12 @@ def save_again(experiment: str, path: str | Path,   # without ending
     again, kept = collect(runs, experiment, with_main=True), rows_of(f for name in names for f in read_record(name, recorded).values())
     again = again[[key in keys for key in _keys(again)]]
     if not len(again): raise ValueError(f'nothing in {runs} is a second run of what is recorded in {recorded}')
-    asked = claims(experiment)
+    asked, kept = claims(experiment), kept[[key in keys for key in _keys(kept)]]      # both of the same pairs
     made, ran = claims_again(kept, again, asked), lambda frame: provenance_text(distinct(frame).assign(recipe=None))
     save_table(table, path, f'mIoU in percent of finished stages of {experiment} and of their records. {verified(table)}. {ran(again)}')
     save_table(methods_again(table, experiment), _with_ending(path, '_methods'), f'''mIoU in percent of the reported stages of {experiment}, recorded
                and again; `apart`: root mean square of the difference between runs of one seed. {ran(again)}''')
-    save_table(made, _with_ending(path, '_claims'), f'''Differences in mIoU of two models that share their seed, over the recorded pairs and over those of
+    save_table(made, _with_ending(path, '_claims'), f'''Differences in mIoU of two models that share their seed, over the same pairs as recorded and in
                a second set of runs. Recorded: {ran(claims_runs(kept, asked))} Again: {ran(claims_runs(again, asked))}''')
     second = [f for f in finished(runs, experiment, with_main=True) if (f.recipe.method, f.recipe.variant, f.stage, f.seed) in keys]
     write_json(_with_ending(path, '.json'), {f.key: f.facts for f in second})

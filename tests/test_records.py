@@ -262,6 +262,7 @@ def test_tables_of_a_second_set_of_runs(tmp_path):
     for (method, stage), (theirs, ours) in scores.items():
         for seed, miou in enumerate(theirs): finish(tmp_path / 'theirs', 'em-quick', method, stage, seed, miou, **counts)
         for seed, miou in enumerate(ours): finish(mine, 'em-quick', method, stage, seed, miou, finished=LATER, **counts)
+    for method, stage in scores: finish(tmp_path / 'theirs', 'em-quick', method, stage, 3, .9, **counts)            # a seed without a second run
     record(tmp_path / 'theirs', 'em-quick', tmp_path / 'recorded')
     save_again('em-quick', tmp_path / 'again', mine, tmp_path / 'recorded')
     assert pd.read_csv(tmp_path / 'again.csv').seed.tolist() == [0, 1, 0, 1]
