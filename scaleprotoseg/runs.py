@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from . import __version__
 from .basics import Interrupted, read_json, replace_file
 from .recipes import Recipe
 
@@ -126,7 +127,8 @@ class Log:
 # %% ../nbs/11_runs.ipynb #cell-18
 @cache
 def commit() -> str:
-    """Git commit of the installed source, with `-dirty` if tracked files differ; 'unknown' outside a checkout.
+    """Git commit of the installed source, with `-dirty` if tracked files differ. Outside a checkout what SCALEPROTOSEG_COMMIT says, for a copy
+    without its history; else 'unknown'.
 
     Asked once per process, when its first stage begins: what is committed or edited later is not what runs."""
     git = ['git', '-C', str(Path(__file__).parent if '__file__' in globals() else Path.cwd())]
@@ -135,7 +137,7 @@ def commit() -> str:
             subprocess.run([*git, 'ls-files', '--error-unmatch', Path(__file__).name], capture_output=True, check=True)
         head = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run([*git, 'status', '--porcelain', '-uno', '--', ':(top)scaleprotoseg'], capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError): return 'unknown'
+    except (OSError, subprocess.CalledProcessError): return os.environ.get('SCALEPROTOSEG_COMMIT', 'unknown')
     return head + ('-dirty' if dirty else '')
 
 # %% ../nbs/11_runs.ipynb #cell-19
@@ -152,6 +154,11 @@ def processor() -> str:
     number = [f'{facts["cpu family"]}/{facts["model"]}'] if {'cpu family', 'model'} <= facts.keys() else []
     return ' '.join([facts.get('model name') or platform.processor() or platform.machine(), *number, torch.backends.cpu.get_cpu_capability()])
 
+def _accelerator() -> dict:
+    "What decides the numbers of a CUDA device besides its model; nothing without one."
+    if not torch.cuda.is_available(): return {}
+    return {'cuda': torch.version.cuda, 'cudnn': str(torch.backends.cudnn.version()), 'tf32': str(torch.backends.cudnn.allow_tf32)}
+
 def provenance(recipe: Recipe, seed: int, stage: str, data: dict,
                sessions: list[dict],   # one per uninterrupted piece of work, each with device, precision, commit and seconds
               ) -> dict:
@@ -160,7 +167,7 @@ def provenance(recipe: Recipe, seed: int, stage: str, data: dict,
     joined = {k: '; then '.join(dict.fromkeys(s.get(k, 'unknown') for s in sessions)) for k in ('commit', 'device', 'precision')}
     return {'command': f'scaleprotoseg run {recipe.experiment} {shlex.quote(recipe.method)} {flags}--stage {stage} --seed {seed}',
             'commit': joined.pop('commit'), 'recipe': recipe.digest(stage), 'seed': seed, 'data': data, **joined,
-            'versions': {'python': platform.python_version(), **{p: version(p) for p in ('scaleprotoseg', 'torch', 'torchvision', 'numpy')}},
+            'versions': {'python': platform.python_version(), 'scaleprotoseg': __version__, **{p: version(p) for p in ('torch', 'torchvision', 'numpy')}, **_accelerator()},
             'finished': datetime.now(timezone.utc).isoformat(timespec='seconds'),
             'sessions': len(sessions), 'seconds': round(sum(s['seconds'] for s in sessions), 1)}
 

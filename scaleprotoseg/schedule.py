@@ -124,11 +124,12 @@ def train_experiment(experiment: str, methods: Iterable[str] = (), seeds: Iterab
     """Train all methods and seeds of an experiment, `jobs` at a time; with several, each writes to `train.log` in its folder.
 
     Raises KeyError for unknown names, ValueError for a device that there is not, and what `run_trainings` raises."""
-    todo, place, out = trainings(experiment, methods, seeds), pick_device(device), Path(out)
+    todo, out = trainings(experiment, methods, seeds), Path(out)
+    pick_device(device)                                                         # complains before a training does
     said = {'out': out, 'device': device, **options}
     flags = [x for k, v in said.items() if v is not None for x in (f'--{k.replace("_", "-")}', str(v))]
     base = [sys.executable, '-m', 'scaleprotoseg', *(['--recipes', str(own)] if own else []), 'run']
     env = dict(os.environ)
-    if jobs > 1 and place.type == 'cpu': env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // jobs)))
+    if jobs > 1: env.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // jobs)))
     run_trainings(todo, lambda t: [*base, *t.arguments(), *flags],
                   lambda t: run_folder(out, t.recipe, t.seed) / 'train.log' if jobs > 1 else None, jobs, max_minutes, env)

@@ -406,7 +406,7 @@ COLLAPSED = 0.98     # mean cosine between the prototypes of a class and scale
 READ_EVERY = 10      # updates between two looks at an accelerator's numbers: each look waits for it
 
 def train_stage(job: Job, model: Model) -> dict:
-    "Minimise the stage's losses; saves what is needed to continue every minute and when asked to stop, but during a validation, which would have to be made again."
+    "Minimise the stage's losses; saves what is needed to continue every minute, before a validation (which a stop ends without a result) and when asked to stop."
     train, position = job.stage.train, {'step': 0, 'best': -1., 'seconds': 0., 'sessions': []}
     model.to(job.fabric.device).train_only_(train.lr, train.batch_norm)
     source = _frozen_views(job, model) if train.views else \
@@ -443,11 +443,12 @@ def _loop(job, model, wrapped, optimizer, source, position):
         pending.append({'step': step, 'lr': optimizer.param_groups[0]['lr'], **losses})
         last = step + 1 == train.steps
         validate = train.eval_every and ((step + 1) % train.eval_every == 0 or last)
-        if not (last or validate or (step + 1) % look == 0): continue
+        soon = train.eval_every and ((step + 1 + look) % train.eval_every == 0 or step + 1 + look == train.steps)
+        if not (last or validate or soon or (step + 1) % look == 0): continue
         why, spent = _write(job, log, pending), time.monotonic() - start
         position |= {'step': step + 1, 'seconds': seconds + spent, 'sessions': [*earlier, job.session(spent)]}
         if validate: counts = _keep_best(job, model, position)
-        if job.writes and (why or last or time.monotonic() - saved >= SAVE_SECONDS):   # at the end too: validation may take long
+        if job.writes and (why or last or soon or time.monotonic() - saved >= SAVE_SECONDS):   # at the end too: validation may take long
             save_resume(job.folder / 'resume.safetensors', model, optimizer, position)
             saved = time.monotonic()
         if why: break
@@ -498,7 +499,7 @@ def _update(job, model, wrapped, parts, step):
         sums = fabric.all_reduce(sums, reduce_op='sum')
         follow_(model.prototypes.vectors.view(len(sums), -1), sums[:, :-1], sums[:, -1], train.momentum)
     if train.momentum or 'prototypes' in train.lr: total['cosine'] = most_alike(model.prototypes) / job.world
-    total['stop'] = whole.new_tensor(float(bool(job.stop())), dtype=torch.float32)
+    total['stop'] = whole.new_full((), float(bool(job.stop())), dtype=torch.float32)       # made on the device: nothing waits for it
     return dict(zip(total, fabric.all_reduce(torch.stack([v.float() for v in total.values()]), reduce_op='sum')))
 
 def _write(job, log, pending) -> str:
@@ -640,7 +641,7 @@ def results(model: Model, counts: Tensor, labels) -> dict:
 
 # %% ../nbs/12_training.ipynb #cell-27
 def peak_memory(device: torch.device) -> dict:
-    "Largest memory use so far in MB: of this process, and of the accelerator if there is one."
+    "Largest memory use in MB: of this process so far, and of the accelerator, if there is one, in this stage."
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != 'darwin' else 1024 ** 2)
     return {'process': round(rss)} | ({'cuda': round(torch.cuda.max_memory_allocated(device) / 2 ** 20)} if device.type == 'cuda' else {})
 
@@ -889,6 +890,7 @@ def adopt(job: Job, source: Path):
 # %% ../nbs/12_training.ipynb #cell-35
 def _run(job: Job):
     started = time.time()
+    if job.fabric.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(job.fabric.device)     # of this stage
     check_recipe(job.folder, job.recipe, job.stage.name)
     labels = job.data('val').labels
     model, config = start_model(job, labels)      # first: missing weights are known at once, a bad image after reading all

@@ -128,6 +128,30 @@ def test_the_commit_says_whether_the_code_was_changed(monkeypatch, status, expec
     finally: runs.commit.cache_clear()
 
 
+def test_a_copy_without_its_history_says_what_it_was_told(monkeypatch):
+    from scaleprotoseg import runs
+    def git(command, **options): raise subprocess.CalledProcessError(128, command)
+    monkeypatch.setattr(runs.subprocess, 'run', git)
+    monkeypatch.setenv('SCALEPROTOSEG_COMMIT', 'abc')
+    runs.commit.cache_clear()
+    try: assert runs.commit() == 'abc'
+    finally: runs.commit.cache_clear()
+
+
+def test_a_stop_in_a_validation_costs_one_update(pretrained, tmp_path, monkeypatch):
+    from scaleprotoseg import training
+    from safetensors import safe_open
+    shutil.copytree(pretrained, tmp_path / 'runs')
+    options = dict(out=tmp_path / 'runs', device='cpu')
+    training.run_stage('smoke', 'protoseg', 'warmup', **options)
+    def stopped(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, '_keep_best', stopped)                              # after the second of three updates
+        training.run_stage('smoke', 'protoseg', 'joint', **options)
+    with safe_open(tmp_path / 'runs/smoke/protoseg/seed0/joint/resume.safetensors', 'pt') as f: assert json.loads(f.metadata()['position'])['step'] == 1
+    assert training.run_stage('smoke', 'protoseg', 'joint', **options)
+
+
 def test_best_weights_are_those_of_the_best_validation(uninterrupted):
     from scaleprotoseg.metrics import mean_iou
     from scaleprotoseg.model import load_model
