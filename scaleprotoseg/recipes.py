@@ -677,7 +677,7 @@ quick = [find_recipe('camvid-quick', m) for m in ('deeplabv2', 'protoseg', 'scal
 add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))),
             *apart(*(longer(r, 3) for r in [*quick, *map(plus, quick)]), *(longer(r, 10) for r in quick),
                    *(longer(rescaled(r), times) for r in quick[1:] for times in (3, 10)),
-                   longer(balanced_last(find_recipe('camvid-quick', 'scaleprotoseg')), 3)))
+                   *(longer(balanced_last(find_recipe('camvid-quick', 'scaleprotoseg')), times) for times in (3, 10))))
 
 # %% ../nbs/10_recipes.ipynb #cell-45
 add_recipes(*(replace(r, experiment='demo-full', seeds=(0, 1, 2)) for r in recipes_of('demo')),
