@@ -403,7 +403,10 @@ def claims(experiment: str) -> list[Claim]:
                   Claim(f'What do groups cost {when}?', this, case(other['scaleprotoseg'], 'finetune')),
                   Claim(f'Do several scales and groups help {when}?', this, case(other['protoseg']))]
     for r in known_recipes(experiment):
-        if r.variant in _LAST: found.append(Claim(f'What do groups cost {_LAST[r.variant]}?', case(r), case(r, 'finetune')))
+        if r.variant not in _LAST: continue
+        plain = find_recipe(experiment, box.method, _AGAINST[r.variant]) if r.variant in _AGAINST else box       # it has no such stages
+        found += [Claim(f'What do groups cost {_LAST[r.variant]}?', case(r), case(r, 'finetune')),
+                  Claim(f'How does ScaleProtoSeg {_LAST[r.variant]} stand against the black box?', case(r), case(plain))]
     for r in (r for r in known_recipes(experiment) if r.method in main):
         against = find_recipe(experiment, r.method, _AGAINST[r.variant]) if r.variant in _AGAINST else main[r.method]
         if _is_rescaled(r):
