@@ -23,7 +23,7 @@ from .metrics import average_weight, extra_parameters
 from .model import Model
 from .protocols import Evaluation
 from .recipes import Recipe
-from .report import (BETTER, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, open_run,
+from .report import (BETTER, LAST, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, open_run,
                                   published_references, summarise)
 from .records import finished_seeds, metrics_digest, read_record, stage_key
 from .runs import commit, device_name, run_folder
@@ -194,8 +194,8 @@ def family_table(frame: pd.DataFrame,          # of `collect`
 
 # %% ../nbs/16_measures.ipynb #cell-held-1
 def held_out_claims(experiment: str) -> list[Claim]:
-    "The claims to be measured on images that nothing was chosen on: between methods and their stages, and of better or longer training; not of projection alone."
-    return [c for c in claims(experiment) if c.this.recipe.variant in ('', *BETTER) and c.this.stage != 'project']
+    "The claims to be measured on images that nothing was chosen on: between methods and their stages, and of better or longer training, or of its last stages; not of projection alone."
+    return [c for c in claims(experiment) if c.this.recipe.variant in ('', *BETTER, *LAST) and c.this.stage != 'project']
 
 def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, data_root: str | Path = '', device: str = 'auto') -> dict:
     """The scores of `metrics.json` on `HELD_OUT` images; how many these are and their fingerprint; digest of the stage's results, device and commit.

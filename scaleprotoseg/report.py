@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BETTER', 'published', 'recipe_table',
+__all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BETTER', 'LAST', 'published', 'recipe_table',
            'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published', 'compared',
            'other_draws', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case', 'size_cases',
            'diversity_cases', 'threshold_cases', 'weight_cases', 'length_cases', 'entropy_cases', 'plot_lengths',
@@ -372,7 +372,7 @@ BETTER = {   # variants that train all methods in another way than the papers
     'plus': 'with better training', 'joint3x': 'with longer training', 'joint10x': 'with a training ten times as long', 'joint33x': 'with a training 33 times as long',
     'plus3x': 'with better and longer training'}
 
-_LAST = {   # variants that train the stages after projection in another way
+LAST = {   # variants that train the stages after projection in another way
     'balanced_last': 'with weights of classes in the last stages', 'balanced_last3x': 'with weights of classes in the last stages of a longer training',
     'balanced_last10x': 'with weights of classes in the last stages after a training ten times as long'}
 
@@ -403,10 +403,10 @@ def claims(experiment: str) -> list[Claim]:
                   Claim(f'What do groups cost {when}?', this, case(other['scaleprotoseg'], 'finetune')),
                   Claim(f'Do several scales and groups help {when}?', this, case(other['protoseg']))]
     for r in known_recipes(experiment):
-        if r.variant not in _LAST: continue
+        if r.variant not in LAST: continue
         plain = find_recipe(experiment, box.method, _AGAINST[r.variant]) if r.variant in _AGAINST else box       # it has no such stages
-        found += [Claim(f'What do groups cost {_LAST[r.variant]}?', case(r), case(r, 'finetune')),
-                  Claim(f'How does ScaleProtoSeg {_LAST[r.variant]} stand against the black box?', case(r), case(plain))]
+        found += [Claim(f'What do groups cost {LAST[r.variant]}?', case(r), case(r, 'finetune')),
+                  Claim(f'How does ScaleProtoSeg {LAST[r.variant]} stand against the black box?', case(r), case(plain))]
     for r in (r for r in known_recipes(experiment) if r.method in main):
         against = find_recipe(experiment, r.method, _AGAINST[r.variant]) if r.variant in _AGAINST else main[r.method]
         if _is_rescaled(r):
