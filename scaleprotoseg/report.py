@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from .basics import from_root, lookup, replace_file, write_json
@@ -462,10 +463,11 @@ def plot_claims(pairs: Mapping[str, pd.DataFrame],  # `claims_pairs` by what the
     import pandas as pd
     import seaborn as sns
     rows = pd.concat([x.assign(images=name) for name, x in pairs.items()])
-    rows = rows.assign(claim=rows.question + '\n' + rows.this + ' − ' + rows.against, difference=rows.difference.astype(float))
+    rows = rows.assign(claim=rows.question.map(lambda x: fill(x, 72)) + '\n' + rows.this + ' − ' + rows.against, difference=rows.difference.astype(float))
     names = [name for name, x in pairs.items() if len(x)]
     colours = {name: [v / 255 for v in c] for name, c in zip(names, palette(len(names)))}
-    fig, ax = plt.subplots(layout='constrained', figsize=(width, .9 + .36 * rows.claim.nunique()))
+    height = .1 + .13 * max(x.count('\n') + 1 for x in rows.claim)             # of a row: its words
+    fig, ax = plt.subplots(layout='constrained', figsize=(width, .9 + height * rows.claim.nunique()))
     ax.axvline(0, color='0.5', linewidth=.8)
     several, rests = len(names) > 1, rows.groupby(['claim', 'images']).difference.transform('size') > 1
     how = dict(x='difference', y='claim', hue='images', hue_order=names, order=rows.claim.unique(), palette=colours, ax=ax)
