@@ -704,8 +704,9 @@ def check_shown(folder: Path,                # of a finished stage
     """ValueError if a finished stage was made of other images in this role: what is shown of them would stand beside scores of others.
 
     Reads them all, unless training has here, or this process before."""
-    made = read_json(folder / 'provenance.json').get('data', {}).get(role)
-    if not made: return
+    says = folder / 'provenance.json'
+    made = says.is_file() and read_json(says).get('data', {}).get(role)
+    if not made: return                                             # nothing is known of its images
     record = split_record(folder.parents[2], dataset, root, options)
     if record not in _read: _read[record] = read_json(record) if record.is_file() else check_dataset(dataset, progress=len(dataset) > 500)
     if (now := _split_facts(made['dataset'], _read[record])) != made: raise ValueError(_other_images(folder, role, made, now))
