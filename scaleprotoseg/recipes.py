@@ -675,7 +675,7 @@ for name in ('camvid', 'camvid-quick'):
     add_recipes(*apart(*small_ablations(box, proto, scale)))
 quick = [find_recipe('camvid-quick', m) for m in ('deeplabv2', 'protoseg', 'scaleprotoseg')]
 add_recipes(*apart(*group_ablations(find_recipe('camvid', 'scaleprotoseg'))),
-            *apart(*(longer(r, 3) for r in [*quick, *map(plus, quick)]), *(longer(r, 10) for r in quick),
+            *apart(*(longer(r, times) for r in [*quick, *map(plus, quick)] for times in (3, 10)),
                    *(longer(rescaled(r), times) for r in quick[1:] for times in (3, 10)),
                    *(longer(balanced_last(find_recipe('camvid-quick', 'scaleprotoseg')), times) for times in (3, 10))))
 

@@ -362,16 +362,17 @@ _QUESTIONS = {   # variant -> what it asks
     'warped': 'What do a small distortion and blur add?',
     'zoomed': 'What if training images are zoomed?', 'unwarped': 'What if training images are not distorted and blurred?',
     'plain': 'What if the network has no ASPP, another normalisation and no weight decay?', 'every_third': 'What if other slices are held out, every third?',
-    'plus3x': 'What does better training add to a longer one?', 'balanced_last3x': 'What if rare classes count more in the stages after a longer training?',
+    'plus3x': 'What does better training add to a longer one?', 'plus10x': 'What does better training add to one ten times as long?',
+    'balanced_last3x': 'What if rare classes count more in the stages after a longer training?',
     'balanced_last10x': 'What if rare classes count more in the stages after a training ten times as long?'}
 
 _AGAINST = {   # variants that vary another variant instead of the main recipe
     **dict.fromkeys(('plus3x', 'balanced_last3x', 'no_zoom3x', 'wide3x', 'rescaled3x'), 'joint3x'),
-    **dict.fromkeys(('no_zoom10x', 'wide10x', 'rescaled10x', 'balanced_last10x'), 'joint10x'), 'rescaled33x': 'joint33x'}
+    **dict.fromkeys(('plus10x', 'no_zoom10x', 'wide10x', 'rescaled10x', 'balanced_last10x'), 'joint10x'), 'rescaled33x': 'joint33x'}
 
 BETTER = {   # variants that train all methods in another way than the papers
     'plus': 'with better training', 'joint3x': 'with longer training', 'joint10x': 'with a training ten times as long', 'joint33x': 'with a training 33 times as long',
-    'plus3x': 'with better and longer training'}
+    'plus3x': 'with better and longer training', 'plus10x': 'with better training ten times as long'}
 
 LAST = {   # variants that train the stages after projection in another way
     'balanced_last': 'with weights of classes in the last stages', 'balanced_last3x': 'with weights of classes in the last stages of a longer training',
