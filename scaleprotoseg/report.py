@@ -410,6 +410,8 @@ def claims(experiment: str) -> list[Claim]:
         plain = find_recipe(experiment, box.method, _AGAINST[r.variant]) if r.variant in _AGAINST else box       # it has no such stages
         found += [Claim(f'What do groups cost {LAST[r.variant]}?', case(r), case(r, 'finetune')),
                   Claim(f'How does ScaleProtoSeg {LAST[r.variant]} stand against the black box?', case(r), case(plain))]
+        found += [Claim('… and against a black box with weights of classes throughout?', case(r), case(b)) for b in known_recipes(experiment)
+                  if (b.method, b.variant) == (box.method, r.variant.replace('balanced_last', 'plus'))]
     for r in (r for r in known_recipes(experiment) if r.method in main):
         against = find_recipe(experiment, r.method, _AGAINST[r.variant]) if r.variant in _AGAINST else main[r.method]
         if _is_rescaled(r):
