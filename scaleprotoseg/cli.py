@@ -173,7 +173,7 @@ def explain(run: Annotated[Path, typer.Argument(help='Folder of a finished stage
 # %% ../nbs/17_cli.ipynb #cell-15
 Split = Annotated[str, typer.Option(help='Split of the dataset.')]
 OtherData = Annotated[str, typer.Option(help='Another dataset than the one of the recipe.')]
-Window = Annotated[tuple[int, int], typer.Option(help='Height and width of a sliding window; 0 0: whole images.')]
+Window = Annotated[tuple[int, int] | None, typer.Option(help='Height and width of a sliding window; 0 0: whole images. Default: as the recipe does.')]
 Best = Annotated[bool, typer.Option('--best', help='The weights of the best validation during training instead of the last.')]
 
 def _trained(run, split, dataset, data_root, device, window, best):
@@ -192,13 +192,13 @@ def _trained(run, split, dataset, data_root, device, window, best):
     if data.labels.names != predictor.labels.names:
         raise ValueError(f'{predictor.folder} knows the classes {", ".join(predictor.labels.names[:5])}, …, the dataset has '
                          f'{", ".join(data.labels.names[:5])}, … ({len(predictor.labels)} and {len(data.labels)})')
-    how = replace(predictor.how, window=window) if any(window) else predictor.how
+    how = replace(predictor.how, window=window if any(window) else None) if window else predictor.how
     return predictor, how, data, f'{dataset or recipe.data.dataset} {split}, {how}'
 
 # %% ../nbs/17_cli.ipynb #cell-16
 @app.command()
 def evaluate(run: Annotated[Path, typer.Argument(help='Folder of a finished stage or seed.')], split: Split = 'val', dataset: OtherData = '',
-             window: Window = (0, 0), best: Best = False, data_root: DataRoot = None, device: Device = 'cpu',
+             window: Window = None, best: Best = False, data_root: DataRoot = None, device: Device = 'cpu',
              output: Annotated[Path | None, typer.Option(help='JSON of the results.')] = None):
     "mIoU and IoU of every class on a split, under the protocol of the recipe or with a sliding window."
     from scaleprotoseg.evaluation import evaluate as count
@@ -228,7 +228,7 @@ def _weights(folder, best):
 @app.command()
 def export(run: Annotated[Path, typer.Argument(help='Folder of a finished stage or seed.')],
            output: Annotated[Path, typer.Argument(help='Folder for one PNG per image.')], split: Split = 'test', dataset: OtherData = '',
-           window: Window = (0, 0), best: Best = False, data_root: DataRoot = None, device: Device = 'cpu'):
+           window: Window = None, best: Best = False, data_root: DataRoot = None, device: Device = 'cpu'):
     "Predictions as benchmark servers take them: PNG files of the dataset's own label values."
     from scaleprotoseg.evaluation import export_predictions
     if output.exists() and not output.is_dir(): raise NotADirectoryError(f'{output} is a file; expected a folder for one PNG per image')

@@ -346,7 +346,7 @@ class Folder:
     def _list(self, split: str) -> tuple[list[str], list[tuple[Path, Path | None]]]:
         "Ids and (image, label) files of a split, from the text file or else the sub-folder."
         images, labels = self.root/'images', self.root/'labels'
-        splits = {p.stem: p for p in (*images.glob('*/'), *self.root.glob('*.txt'))}
+        splits = {**{p.name: p for p in images.glob('*/')}, **{p.stem: p for p in self.root.glob('*.txt')}}
         if not splits:
             raise FileNotFoundError(f'{self.root} has no splits (train.txt or images/train). Expected:{_FOLDER_TREE}')
         where = lookup(splits, split, 'split')

@@ -7,7 +7,6 @@ __all__ = ['starts', 'windows', 'enlarged_logits', 'segment', 'evaluate', 'strea
            'export_predictions']
 
 # %% ../nbs/09_evaluation.ipynb #cell-03
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .basics import replace_file, write_json
+from .basics import read_json, replace_file, write_json
 from .data import Dataset, Sample, read_ahead
 from .metrics import confusion
 from .model import Model, Output
@@ -122,7 +121,7 @@ def export_predictions(model: Model, dataset: Dataset, folder: str | Path, devic
     note, model = folder / 'predictions.json', model.eval()
     if not note.is_file() and next(folder.rglob('*.png'), None):
         raise ValueError(f'{folder} holds pictures of unknown origin (no predictions.json); choose another folder')
-    if note.is_file() and (found := json.loads(note.read_text())['source']) != source:
+    if note.is_file() and (found := read_json(note).get('source')) != source:
         raise ValueError(f'{folder} holds predictions of {found!r}, not of {source!r}; choose another folder')
     write_json(note, {'source': source})
     for i in tqdm([i for i, name in enumerate(dataset.ids) if not (folder / f'{name}.png').is_file()], desc='predictions', mininterval=2):

@@ -22,6 +22,7 @@ from .data import Dataset, Labels, palette
 from .datasets import CITYSCAPES_PARTS, PASCAL_PARTS
 from .heads import GroupHead
 from .interpretability import strongest_area
+from .metrics import label_counts
 from .model import Model, Output
 from .projection import TILES_PER_ROW, Source, load_sheet
 from .scales import spread
@@ -242,7 +243,7 @@ def overlap_score(counts: np.ndarray,  # of `overlap_map`
 def class_pixels(data: Dataset, most: int = 64) -> tuple[list[int], Tensor]:  # images (N,), pixels (N, C) int64
     "Pixels of every class in at most `most` images, evenly spread over the dataset."
     images = spread(len(data), most)
-    counts = [torch.bincount(data[i].label[data[i].label >= 0], minlength=len(data.labels)) for i in images]
+    counts = [label_counts(data[i].label, len(data.labels)) for i in images]
     return images, torch.stack(counts)
 
 def fullest_images(pixels: Tensor,     # (N, C)

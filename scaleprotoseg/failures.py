@@ -21,7 +21,7 @@ from torch import Tensor
 from .data import Dataset, Labels
 from .evaluation import enlarged_logits, stream
 from .heads import GroupHead
-from .metrics import class_iou, confusion
+from .metrics import class_iou, confusion, label_counts
 from .model import Model, Output
 from .projection import Source
 from .protocols import Evaluation
@@ -299,13 +299,13 @@ def wrong_pixels(model: Model, case: FailureCase, label: Tensor, prediction: Ten
 def right_pixels(model: Model, label: Tensor, prediction: Tensor, out: Output) -> Tensor:
     "The right pixels of an image divided among the prototypes of their classes: (S, C, K) float64."
     right, C = torch.where(label == prediction, label, -1), out.logits.shape[1]
-    cells, pixels = out.logits.new_zeros(C, *out.logits.shape[-2:]), torch.bincount(right[right >= 0], minlength=C)
-    for c in torch.nonzero(pixels)[:, 0].split(max(1, PIXELS // label.numel())):                           # bounds memory
+    cells, pixels = out.logits.new_zeros(C, *out.logits.shape[-2:]), label_counts(right, C)
+    for c in torch.nonzero(pixels)[:, 0].to(cells.device).split(max(1, PIXELS // label.numel())):           # bounds memory
         cells[c] = cell_sums(right == c[:, None, None], out.logits.shape[-2:])
     _, parts = evidence_parts(model, out.similarities, cells)
     own = model.head.last.detach().cpu().flatten(2)[range(C), range(C)].double().clamp_min(0)              # (C, E)
     parts = (parts * own[..., None, None]).sum(1)
-    return divided(pixels.cpu()[:, None, None], parts, (1, 2)).transpose(0, 1)
+    return divided(pixels[:, None, None], parts, (1, 2)).transpose(0, 1)
 
 # %% ../nbs/11_failures.ipynb #cell-31
 @dataclass

@@ -24,6 +24,7 @@ from torch import Tensor
 from .data import Dataset, rng
 from .evaluation import stream
 from .heads import GroupHead
+from .metrics import label_counts
 from .model import Model
 from .protocols import Evaluation
 
@@ -308,7 +309,7 @@ class GroupOverlap:
     def update(self, groups: Tensor,  # (1, C, G, h, w)
                label: Tensor):        # (H, W) int64, void -1
         "Add one image."
-        here = torch.bincount(label[label >= 0], minlength=len(self.pairs)).cpu() > 0
+        here = label_counts(label, len(self.pairs)) > 0
         classes, G = (here & self.pairs.flatten(1).any(1)).nonzero()[:, 0], groups.shape[2]
         for c in classes.split(max(1, VALUES // (G * label.numel()))) if len(classes) else ():
             area = strongest_area(groups[0, c.to(groups.device)].flatten(0, 1), tuple(label.shape), self.quantile)

@@ -5,7 +5,6 @@
 # %% ../nbs/16_measures.ipynb #cell-03
 from __future__ import annotations
 
-import json
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .basics import lookup, write_json
+from .basics import lookup, read_json, write_json
 from .contents import HELD_OUT, PARTS, known_recipes
 from .data import fingerprint
 from .evaluation import evaluate
@@ -205,7 +204,7 @@ def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, dat
     folder, options = run_folder(runs, recipe, seed, stage), lookup(HELD_OUT, recipe.data.dataset, 'dataset with held-out images')
     kept = folder / 'held_out.json'
     asked = {**options, 'metrics': metrics_digest(folder)}
-    if kept.is_file() and (found := json.loads(kept.read_text())).items() >= asked.items(): return found
+    if kept.is_file() and (found := read_json(kept)).items() >= asked.items(): return found
     run = open_run(runs, recipe.experiment, recipe.method, recipe.variant, seed, stage, device)
     data, place = run.split('val', data_root, **options), next(run.model.parameters()).device
     counts = evaluate(run.model, data, place, recipe.data.evaluation, f'{recipe.name} seed {seed} {stage} held out')

@@ -5,7 +5,6 @@
 # %% ../nbs/06_model.ipynb #cell-03
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbones import build_backbone, freeze_batch_norm_
-from .basics import UnknownName, check_least, lookup, replace_file, write_json
+from .basics import UnknownName, check_least, lookup, read_json, replace_file, write_json
 from .protocols import HEAD_NEEDS, check_model
 from .heads import (DirectHead, GroupHead, LinearHead, NearestHead, PixelHead, group_activations, group_logits,
                                  linear_logits)
@@ -270,8 +269,7 @@ def read_config(folder: Path) -> dict:
     path = Path(folder) / 'config.json'
     if not path.is_file():
         raise FileNotFoundError(f'no model in {folder}: expected config.json, backbone.safetensors and head.safetensors')
-    try: config = json.loads(path.read_text())
-    except json.JSONDecodeError as e: raise ValueError(f'{path} is not valid JSON ({e})') from e
+    config = read_json(path)
     needed = {'backbone', 'head', 'activation', 'classes'}      # what else a head needs, `build_model` says
     if not isinstance(config, dict) or not needed <= config.keys():
         raise ValueError(f'{path} does not describe a model: expected an object with {sorted(needed)}')

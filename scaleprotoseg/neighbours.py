@@ -20,6 +20,7 @@ from .evaluation import stream
 from .explain import Atlas, Group, as_picture, outlined, overlay
 from .heads import GroupHead
 from .losses import own_class
+from .metrics import label_counts
 from .model import Model, Output
 from .projection import activation_box, cell_box, square, tile
 from .protocols import Evaluation
@@ -451,9 +452,9 @@ def measure_overlap(model: Model, dataset: Dataset,
     images = None if images is None else sorted(set(images))
     for i, sample, out in stream(model, dataset, how, ('similarities',), images, progress):
         label = reduce_labels(sample.label[None], out.logits.shape[-2:]).to(out.logits.device)
-        area = torch.bincount(label[label >= 0], minlength=C)
-        largest, size = torch.where(area.cpu() > size, i, largest), torch.maximum(area.cpu(), size)
-        counted = area >= least
+        area = label_counts(label, C)
+        largest, size = torch.where(area > size, i, largest), torch.maximum(area, size)
+        counted = (area >= least).to(label.device)
         label = torch.where((label >= 0) & counted[label.clamp_min(0)], label, -1)
         if (label < 0).all(): continue
         values, segment = own_class(out.similarities, label)

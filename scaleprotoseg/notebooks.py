@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import base64
 import io
-import json
 import os
 import re
 import sys
@@ -16,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .basics import lookup, replace_file
+from .basics import lookup, read_json, replace_file
 
 # %% auto #0
 __all__ = ['notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook', 'run_cells', 'without_machine_paths',
@@ -39,8 +38,7 @@ def _tagged(cells: list[dict], notebook: str | Path) -> list[str]:
 
 def _read_notebook(path: Path) -> dict:
     if not path.is_file(): raise FileNotFoundError(f'there is no notebook {path}')
-    try: return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f'{path} is not a notebook: {e}') from e
+    return read_json(path)
 
 def check_parameters(notebook: str | Path, parameters: Mapping):
     "Raise KeyError (with the nearest name) for an unknown parameter, TypeError for a value of another type."

@@ -68,8 +68,12 @@ class Evaluation:
     overlap: float = 1 / 3                   # share of a window that the next one repeats, at least
 
     def __post_init__(self):
+        for name in ('size', 'window'):
+            if (sides := getattr(self, name)) is None: continue
+            if not isinstance(sides, (tuple, list)) or len(sides) != 2: raise ValueError(f'{name}={sides!r}: expected (height, width)')
+            for side in sides: check_least(1, whole=True, **{name: side})
+        if self.shorter is not None: check_least(1, whole=True, shorter=self.shorter)
         if self.size and self.shorter: raise ValueError(f'an image is resized to size={self.size} or to shorter={self.shorter}, not both')
-        if self.window and min(self.window) < 1: raise ValueError(f'window={self.window}: expected a height and a width of at least 1')
         if not 0 <= self.overlap < 1: raise ValueError(f'overlap={self.overlap}: expected 0 <= overlap < 1')
 
     @classmethod

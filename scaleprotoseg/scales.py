@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .data import Sample
+from .metrics import label_counts
 from .model import Model, Output
 from .transforms import reduce_labels
 
@@ -25,9 +26,9 @@ if TYPE_CHECKING:   # matplotlib is slow to import: every plot function does it 
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['PIXELS', 'quantile_levels', 'binarize', 'component_areas', 'label_counts', 'Components', 'scale_components',
-           'taps_inside', 'trend_text', 'plot_components', 'scale_rates', 'shrink_factors', 'shrunk_similarities',
-           'on_one_grid', 'Equivariance', 'measure_equivariance', 'merge_linked', 'equivariant_groups', 'best_pair',
+__all__ = ['PIXELS', 'quantile_levels', 'binarize', 'component_areas', 'Components', 'scale_components', 'taps_inside',
+           'trend_text', 'plot_components', 'scale_rates', 'shrink_factors', 'shrunk_similarities', 'on_one_grid',
+           'Equivariance', 'measure_equivariance', 'merge_linked', 'equivariant_groups', 'best_pair',
            'share_of_classes', 'equivariance_table', 'plot_equivariance', 'Pair', 'strongest_pairs', 'pair_maps',
            'cut_in_class', 'outline', 'plot_outlined', 'plot_pairs', 'spread']
 
@@ -60,11 +61,6 @@ def component_areas(masks: Tensor,              # (n, H, W) bool
 
 # %% ../nbs/09_scales.ipynb #cell-14
 PIXELS = 1 << 22   # pixels of binarised maps to hold at once: bounds memory
-
-def label_counts(labels: Tensor,            # any shape, int64, void -1
-                 classes: int) -> Tensor:   # (C,) int64, on the CPU
-    "How many labels there are of each class."
-    return torch.bincount(labels[labels >= 0].flatten(), minlength=classes).cpu()
 
 class Components:
     "Number and size of the connected regions of every prototype's binarised maps, over a stream of images."

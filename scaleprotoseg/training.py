@@ -870,11 +870,12 @@ def run_stage(experiment: str, method: str, stage: str, variant: str = '', seed:
 
 # %% ../nbs/12_training.ipynb #cell-34
 def find_equal(job: Job, data: dict) -> Path | None:
-    "A finished folder of the same digest, seed and data, made for another method, variant or experiment; None if there is none."
+    "A finished folder of the same digest, seed and data, with its weights, made for another method, variant or experiment; None if there is none."
     digest = job.recipe.digest(job.stage.name)
     for note in sorted(job.out.glob(f'*/*/seed{job.seed}/{job.stage.name}/recipe.json')):
         folder = note.parent
         if folder == job.folder or not is_finished(folder) or read_json(note) != digest: continue
+        if not all((folder / f'{part}.safetensors').is_file() for part in ('backbone', 'head')): continue      # unpacked, for figures
         made = read_json(folder / 'provenance.json')
         if all(made.get(k) == v for k, v in {'data': data, **{k: job.session(0)[k] for k in ('device', 'precision')}}.items()): return folder
     return None

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .basics import lookup
+from .basics import UnknownName, lookup
 
 # %% ../nbs/02_trunks.ipynb #cell-05
 def _restride_(layer: nn.Sequential, stride: int, dilation: int, stride_in_1x1: bool):
@@ -221,7 +221,7 @@ def timm_trunk(arch: str,                # of timm.list_models(), with or withou
     known = timm.list_models() + timm.list_pretrained()           # without tags, with tags
     if arch not in known:
         near = get_close_matches(arch, known, n=5)
-        raise KeyError(f"unknown timm network '{arch}'; similar: {', '.join(near) or 'none'}; all: timm.list_models()")
+        raise UnknownName(f"unknown timm network '{arch}'; similar: {', '.join(near) or 'none'}; all: timm.list_models()")
     try: net, why = timm.create_model(arch, features_only=True, output_stride=output_stride, out_indices=(-1,)), None
     except (TypeError, AssertionError, RuntimeError) as e: net, why = None, e
     if net is None or net.feature_info.reduction()[-1] != output_stride:

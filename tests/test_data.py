@@ -520,3 +520,10 @@ def test_check_stops_at_the_first_bad_file(tmp_path):
     (tmp_path/'images'/'05.png').write_bytes(b'broken')
     with pytest.raises(ValueError, match=r'05\.png'):
         check_dataset(open_dataset('em', 'train', tmp_path), progress=False)
+
+
+def test_a_split_folder_may_have_a_dot_in_its_name(tmp_path):
+    folder(tmp_path, listing=False)
+    for kind in ('images', 'labels'): (tmp_path/kind/'train').rename(tmp_path/kind/'train.v2')
+    assert torch.equal(open_dataset('folder', 'train.v2', tmp_path)[0].label, torch.tensor([[0, 1, 1], [1, 0, -1]]))
+    with pytest.raises(KeyError, match="unknown split 'train'"): open_dataset('folder', 'train', tmp_path)

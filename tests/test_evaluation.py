@@ -167,6 +167,8 @@ def test_small_images_are_not_smoothed(how):
 
 def test_impossible_protocols_are_refused():
     with pytest.raises(ValueError, match='not both'): Evaluation(size=(8, 8), shorter=8)
+    for name, value in (('size', (5,)), ('size', (0, 5)), ('size', 5), ('window', (512,)), ('window', (2.5, 2)), ('shorter', 0), ('shorter', 2.5)):
+        assert f'{name}=' in str(pytest.raises(ValueError, Evaluation, **{name: value}).value)
     for overlap in (1, -.1): assert f'overlap={overlap}' in str(pytest.raises(ValueError, Evaluation, overlap=overlap).value)
 
 
@@ -437,6 +439,9 @@ def test_pictures_that_are_there_are_not_taken_for_predictions(tmp_path):
     Image.new('L', (2, 2)).save(tmp_path / 'a.png')
     with pytest.raises(ValueError, match='unknown origin'): export(ds, tmp_path, 'first')
     assert not (tmp_path / 'predictions.json').exists()
+    for text in ('{', '{}'):
+        (tmp_path / 'predictions.json').write_text(text)
+        with pytest.raises(ValueError, match='predictions of None' if text == '{}' else r'predictions\.json is damaged'): export(ds, tmp_path, 'first')
 
 
 def test_the_name_is_written_before_the_first_prediction(tmp_path):

@@ -1,6 +1,7 @@
 """The published recipes at their real model sizes on miniatures of the datasets, and what training does with several input scales."""
 import json
 import resource
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,6 +188,10 @@ def test_a_variant_takes_over_the_stages_it_shares(tmp_path, monkeypatch, capsys
     assert load(second).labels == load(first).labels
     (third,) = run_method('smoke-ablations', 'pretrain', 'longer', out=tmp_path, device='cpu')
     assert not (third / 'head.safetensors').samefile(first / 'head.safetensors') and read_metrics(third)['steps'] == 4
+    shutil.rmtree(second)
+    (first / 'backbone.safetensors').rename(tmp_path / 'elsewhere')                    # as `pack` leaves a stage: there is nothing to go on from
+    (again,) = run_method('smoke-ablations', 'pretrain', 'twin', out=tmp_path, device='cpu')
+    assert (again / 'backbone.safetensors').is_file() and not (again / 'head.safetensors').samefile(first / 'head.safetensors')
     (seed1,) = run_method('smoke-ablations', 'pretrain', 'twin', seed=1, out=tmp_path, device='cpu')
     assert not (seed1 / 'head.safetensors').samefile(first / 'head.safetensors')
 

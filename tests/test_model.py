@@ -171,7 +171,7 @@ def test_a_missing_file_is_named(saved, name):
 @pytest.mark.parametrize('text', ['', '{"head": "groups"', 'groups'])
 def test_broken_json_is_named(saved, text):
     (saved / 'config.json').write_text(text)
-    with pytest.raises(ValueError, match='config.json is not valid JSON'): load_model(saved)
+    with pytest.raises(ValueError, match='config.json is damaged'): load_model(saved)
 
 
 @pytest.mark.parametrize('other, where', [({'per_class': 3}, 'head.safetensors'),

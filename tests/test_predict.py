@@ -279,3 +279,13 @@ def test_black_boxes_and_early_stages_cannot_explain(stages, predictors, array, 
     predictor = load(tmp_path)
     assert predictor.predict(array).shape == array.shape[:2]
     with pytest.raises(FileNotFoundError, match='`project` stage'): predictor.explain(array)
+
+
+@pytest.mark.parametrize('asked, window', [(None, (16, 16)), ((0, 0), None), ((24, 32), (24, 32))])
+def test_a_window_is_the_recipes_unless_it_is_asked_for(stages, tmp_path, asked, window):
+    from scaleprotoseg.cli import _trained
+    stage = shutil.copytree(stages['groups'], tmp_path / 'threshold')
+    config = json.loads((stage / 'config.json').read_text())
+    (stage / 'config.json').write_text(json.dumps(config | {'evaluation': {'window': [16, 16]}}))
+    how = _trained(stage, 'val', '', None, 'cpu', asked, False)[1]
+    assert how.window and tuple(how.window) == window if window else how.window is None
