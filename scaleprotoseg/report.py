@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BETTER', 'LAST', 'published', 'recipe_table',
            'published_recipe', 'published_recipes', 'compare', 'summarise', 'whole', 'find_published', 'compared',
-           'other_draws', 'published_references', 'accuracy_table', 'steps_table', 'plain_table', 'Case', 'size_cases',
-           'diversity_cases', 'threshold_cases', 'weight_cases', 'length_cases', 'entropy_cases', 'plot_lengths',
-           'ablation_table', 'Claim', 'claims', 'claims_pairs', 'claims_table', 'plot_claims', 'claims_runs', 'shown',
-           'save_table', 'save_figure', 'distinct', 'provenance_text', 'duration', 'used_runs', 'methods_again',
-           'claims_again', 'save_again', 'Run', 'open_run', 'provenance_of', 'busiest_classes', 'plot_comparison',
-           'read_title', 'write_contents', 'build_report', 'check_there', 'without_leftovers', 'save_results',
-           'pack_results']
+           'other_draws', 'faithful', 'collect_published', 'published_references', 'accuracy_table', 'steps_table',
+           'plain_table', 'Case', 'size_cases', 'diversity_cases', 'threshold_cases', 'weight_cases', 'length_cases',
+           'entropy_cases', 'plot_lengths', 'ablation_table', 'Claim', 'claims', 'claims_pairs', 'claims_table',
+           'plot_claims', 'claims_runs', 'shown', 'save_table', 'save_figure', 'distinct', 'provenance_text',
+           'duration', 'used_runs', 'methods_again', 'claims_again', 'save_again', 'Run', 'open_run', 'provenance_of',
+           'busiest_classes', 'plot_comparison', 'read_title', 'write_contents', 'build_report', 'check_there',
+           'without_leftovers', 'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-11
 def published(name: str,                              # e.g. scaleprotoseg_table_01
@@ -105,18 +105,19 @@ def compare(ours: Mapping,     # of `score`, std, runs
             theirs: Mapping,   # value, std; empty if the papers have no such number
             data: str | None,  # what theirs was measured on
             same_data: bool, same_schedule: bool = True,
+            set_up: str = '',  # what else was other there: the scores are not judged
             score: str = 'miou', least: float = 1.,   # a difference that is not worth a word
            ) -> dict:          # published, published_std, published_data, difference, verdict; None where there is none
     "Columns that set a published score beside ours."
     row = {'published': theirs.get('value'), 'published_std': theirs.get('std'),
-           'published_data': data + ('' if same_data else ' (other data)') if theirs else None,
+           'published_data': data + f', {set_up}' * bool(set_up) + ('' if same_data else ' (other data)') if theirs else None,
            'difference': None, 'verdict': None}
     if not ours['runs']: return row | {'verdict': 'not run'}
     if row['published'] is None or not same_data: return row
     difference = ours[score] - row['published']
     margin = max(least, 2 * (ours['std'] or 0), 2 * (row['published_std'] or 0))
     verdict = 'agrees' if abs(difference) <= margin else 'above' if difference > 0 else 'below'
-    return row | {'difference': difference, 'verdict': verdict if same_schedule else 'reduced schedule'}
+    return row | {'difference': difference, 'verdict': 'reduced schedule' if not same_schedule else 'another set-up' if set_up else verdict}
 
 # %% ../nbs/15_report.ipynb #cell-22
 def summarise(frame: pd.DataFrame,  # of `collect`
@@ -138,11 +139,11 @@ def whole(x: float | None) -> int | float | None:
     return x if x is None or x != int(x) else int(x)
 
 def find_published(table: pd.DataFrame, metric: str = 'miou', **where: str) -> dict:
-    "`value` and `std` of the one row that fits; a key is left out where there is none or it was lost. ValueError if several fit."
+    "`value`, `std` and `setting` of the one row that fits; a key is left out where there is none or it was lost. ValueError if several fit."
     rows = table[table.metric == metric]
     for column, value in where.items(): rows = rows[rows[column] == value]
     if len(rows) > 1: raise ValueError(f'{len(rows)} published values for {where}; name more columns')
-    return rows[['value', 'std']].iloc[0].dropna().to_dict() if len(rows) else {}
+    return {k: v for k, v in rows[['value', 'std', 'setting']].iloc[0].dropna().items() if v != ''} if len(rows) else {}
 
 # %% ../nbs/15_report.ipynb #cell-23
 def compared(experiment: str) -> list[Recipe]:
@@ -156,6 +157,15 @@ def compared(experiment: str) -> list[Recipe]:
 def other_draws(experiment: str) -> list[Recipe]:
     "The methods once more, on another division of the images: rows of their own in a table of accuracies."
     return [r for r in known_recipes(experiment) if r.variant.startswith('split')]
+
+def faithful(experiment: str) -> list[Recipe]:
+    "ProtoSeg with the faults of the published program, to be set beside its numbers too: a recipe of the experiment's ablations, if they have one."
+    return [r for e in experiments() if is_ablation(e) and main_experiment(e) == experiment for r in recipes_of(e) if (r.method, r.variant) == ('protoseg', 'legacy')]
+
+def collect_published(runs: str | Path, experiment: str, recorded: str | Path = '') -> pd.DataFrame:
+    "What `collect` finds of an experiment, and of its `faithful` recipes: what may stand beside published numbers."
+    named = [r.experiment for r in faithful(experiment)]
+    return rows_of(f for e in (experiment, *named) for f in finished(runs, e, recorded=recorded) if e == experiment or f.recipe in faithful(experiment))
 
 def published_references(recipe: Recipe) -> list[dict]:
     "On what data the published numbers to show beside a recipe were measured: arguments of `compare`, one set for each."
@@ -172,20 +182,28 @@ def accuracy_table(frame: pd.DataFrame, experiment: str,
                    variants: Iterable[str] = (),    # to show beside the methods
                   ) -> pd.DataFrame:
     """mIoU of each method beside the published one (ScaleProtoSeg, Tables 1, 5 and 6): of the stage that the papers report, and of the last,
-    where that is another."""
+    where that is another. ProtoSeg as its program was published stands there too where it was run. A published row with a setting of its own (a black
+    box with CRF) is shown with it and not judged."""
     import pandas as pd
-    rows, other, variants = [], other_draws(experiment), tuple(variants)
-    listed = [*compared(experiment), *other, *(r for r in known_recipes(experiment) if r.variant in variants)]
+    rows, variants = [], tuple(variants)
+    with_published = [*(r for r in compared(experiment) if not r.variant), *other_draws(experiment), *_run(faithful(experiment), frame)]
+    listed = [*compared(experiment), *with_published, *(r for r in known_recipes(experiment) if r.variant in variants)]
+    listed = list({r.name: r for r in listed}.values())
     for r, stage in ((x, stage) for x in listed for stage in x.shown_stages):
         ours = summarise(frame, r, stage)
         ours.pop('group_average')
-        has_published = reference is not None and stage == r.reported.name and (not r.variant or r in other)
+        has_published = reference is not None and stage == r.reported.name and r in with_published
         theirs_on = lambda data, r=r: find_published(reference, method=r.method, data=data or '')
         found = [(ref, theirs_on(ref['data']) if has_published else {}) for ref in published_references(r)]
         for ref, theirs in [x for x in found if x[1]] or found[:1]:      # one row where the papers have no number
             rows.append({'method': r.method, 'variant': r.variant, 'stage': stage, **ours,
-                         **compare(ours, theirs, **ref)})
+                         **compare(ours, theirs, **ref, set_up=theirs.get('setting', ''))})
     return pd.DataFrame(rows, dtype=object).drop(columns='prototypes')
+
+def _run(recipes: Iterable[Recipe], frame: pd.DataFrame) -> list[Recipe]:
+    "Those of which something has been run."
+    there = set(zip(frame.method, frame.variant))
+    return [r for r in recipes if (r.method, r.variant) in there]
 
 # %% ../nbs/15_report.ipynb #cell-30
 STEPS = (   # method, our stage, step of Table 2
@@ -194,14 +212,14 @@ STEPS = (   # method, our stage, step of Table 2
     ('scaleprotoseg', 'threshold', 'grouped'))
 
 def steps_table(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame) -> pd.DataFrame:
-    "Living (after grouping: used) prototypes and mIoU after each step (ScaleProtoSeg, Table 2)."
+    "Living (after grouping: used) prototypes and mIoU after each step (ScaleProtoSeg, Table 2), also of ProtoSeg as its program was published."
     import pandas as pd
-    rows = []
-    for r, stage, step in [(r, stage, step) for r in compared(experiment) for m, stage, step in STEPS
+    rows, as_published = [], _run(faithful(experiment), frame)
+    for r, stage, step in [(r, stage, step) for r in [*compared(experiment), *as_published] for m, stage, step in STEPS
                            if m == r.method and stage in {s.name for s in r.stages}]:
         ours, ref = summarise(frame, r, stage), published_references(r)[0]
         ours.pop('group_average')
-        where = {'method': r.method, 'step': 'none' if r.variant else step or 'none', 'data': ref['data'] or ''}
+        where = {'method': r.method, 'step': 'none' if r.variant and r not in as_published else step or 'none', 'data': ref['data'] or ''}
         counted = find_published(reference, 'prototypes', **where).get('value')
         rows.append({'method': r.method, 'variant': r.variant, 'stage': stage, 'published_step': step,
                      'prototypes': ours.pop('prototypes'), 'published_prototypes': whole(counted) if counted else None,
@@ -870,7 +888,7 @@ def _notice(experiment: str) -> str:
 def _summary(frame: pd.DataFrame, experiment: str, reference: pd.DataFrame | None, facts: dict[str, str]) -> str:
     "Html: what was run, and the main table."
     table = accuracy_table(frame, experiment, reference)
-    what, hidden = ('variant', {'published_std'}) if is_ablation(experiment) else ('method', {'published_std', 'variant'})
+    what, hidden = 'variant' if is_ablation(experiment) else 'method', {'published_std'} if table.variant.any() else {'published_std', 'variant'}
     if reference is None: hidden |= {c for c in table if c.startswith('published')} | {'difference'}
     beside = ('. No published table is about all of these.' if reference is None else
               f', beside {reference.source.iloc[0]}. Other data are not comparable: no difference, no verdict.')

@@ -76,8 +76,8 @@ def test_second_hand_numbers_are_those_of_the_first_hand(values):
 # -- a spot check, typed from the description of the papers -----------------------------------------------------------
 
 TYPED = '''
-table_01 deeplabv2 - - Cityscapes_val miou 71.40
-table_01 deeplabv2 - - Pascal_VOC_test miou 79.70
+table_01 deeplabv2 - with_CRF Cityscapes_val miou 71.40
+table_01 deeplabv2 - with_CRF_and_COCO_weights Pascal_VOC_test miou 79.70
 table_01 protoseg pruned - Pascal_VOC_val miou 71.98
 table_01 protoseg pruned - ADE20K_val miou 29.67
 table_01 scaleprotoseg grouped - Cityscapes_test miou 68.52

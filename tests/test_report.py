@@ -18,7 +18,7 @@ from scaleprotoseg.data import Labels, Sample
 from scaleprotoseg.notebooks import NotebookFailed, check_parameters, notebook_parameters, run_cells, run_notebook, without_machine_paths
 from scaleprotoseg.recipes import experiments, find_recipe, recipes_of
 from scaleprotoseg.records import collect
-from scaleprotoseg.report import (STEPS, ablation_table, accuracy_table, build_report, claims_runs, compare, compared, entropy_cases,
+from scaleprotoseg.report import (STEPS, ablation_table, accuracy_table, build_report, claims_runs, collect_published, compare, compared, entropy_cases, faithful,
                                   find_published, plot_comparison, published, published_recipe, published_recipes,
                                   recipe_table, save_figure, save_table, size_cases, steps_table, threshold_cases, used_runs)
 
@@ -71,6 +71,27 @@ def test_em_is_compared_with_both_published_splits(tmp_path, experiment, verdict
     assert table.published.tolist() == [77.97, 79.29]
     assert table.published_data.tolist() == ['EM, split 1', 'EM, split 2']
     assert table.difference.tolist() == pytest.approx([.03, -1.29]) and set(table.verdict) == verdicts
+
+
+def test_the_published_program_stands_beside_its_own_numbers(tmp_path):
+    assert [r.name for r in faithful('em')] == ['em-ablations/protoseg-legacy'] and faithful('em-ablations') == faithful('demo') == []
+    for experiment, variant, miou in (('em', '', .78), ('em-ablations', '-legacy', .77), ('em-ablations', '-plus', .76)):
+        finish(tmp_path, experiment, f'protoseg{variant}', 'prune_finetune', miou=miou, alive=18, total=20)
+        finish(tmp_path, experiment, f'protoseg{variant}', 'finetune', miou=miou - .01, alive=20, total=20)
+    frame = collect_published(tmp_path, 'em')
+    assert set(frame.variant) == {'', 'legacy'}
+    table = accuracy_table(frame, 'em', published('scaleprotoseg_table_05', PUBLISHED)).set_index(['method', 'variant']).loc['protoseg']
+    assert table.loc['legacy', 'difference'].tolist() == pytest.approx([77 - 77.63, 77 - 78.92]) and table.loc['legacy', 'verdict'].tolist() == ['agrees', 'below']
+    assert table.loc['', 'verdict'].tolist() == ['agrees', 'agrees'] and 'plus' not in table.index
+    steps = steps_table(frame, 'em', published('scaleprotoseg_table_02', PUBLISHED)).set_index(['method', 'variant', 'stage'])
+    assert steps.loc[('protoseg', 'legacy', 'prune_finetune'), ['published_step', 'miou', 'prototypes']].tolist() == ['pruned', 77, 18]
+    assert 'legacy' not in set(accuracy_table(collect(tmp_path, 'em'), 'em', published('scaleprotoseg_table_05', PUBLISHED)).variant)
+
+
+def test_black_boxes_with_a_crf_are_shown_and_not_judged(tmp_path):
+    finish(tmp_path, 'pascal', 'deeplabv2', 'joint', miou=.734)
+    row = table_of(tmp_path, 'pascal').loc['deeplabv2']
+    assert row.published_data == 'Pascal VOC val, with CRF and COCO weights' and row.verdict == 'another set-up' and row.difference == pytest.approx(73.4 - 77.69)
 
 
 @pytest.mark.parametrize('miou, std, verdict', [
