@@ -204,8 +204,10 @@ class Recipe:
     def digest(self, stage: str) -> str:
         "Short hash of every value that `stage` depends on: with the same digest, seed, data and libraries, numbers differ by rounding alone."
         start, judged = find_recipe(self.experiment, self.init) if self.init else None, self.judged(stage)
-        facts = [chosen(self.data), self.model, [chosen(s) for s in self.ancestry(stage)],
-                 start and start.digest(start.last.name), *([judged.digest(judged.last.name)] if judged else [])]
+        line = self.ancestry(stage)
+        kept = ['a window of its own for every image'] if any(s.train and s.train.views for s in line) else []    # once, all images of a view shared one
+        facts = [chosen(self.data), self.model, [chosen(s) for s in line],
+                 start and start.digest(start.last.name), *([judged.digest(judged.last.name)] if judged else []), *kept]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
     def graph_digest(self) -> str:

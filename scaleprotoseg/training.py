@@ -365,7 +365,7 @@ class FrozenViews:
     @torch.no_grad()
     def _compute(self, model, i, v, device, check_stop):
         check_stop('while computing similarity maps')
-        image, label = self.batches.view(i, 'view', v)
+        image, label = self.batches.view(i, 'view', v, i)
         similarities = model(image[None].to(device), want=('similarities',)).similarities[0]
         by_class = similarities.transpose(0, 1).contiguous()            # the order in which heads read them, see `Prototypes`
         return by_class, reduce_labels(label[None].to(device), similarities.shape[-2:])[0]

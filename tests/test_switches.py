@@ -137,11 +137,20 @@ def test_kept_similarity_maps_are_those_of_the_views_of_every_epoch():
     model = build_model(dict(backbone=dict(name='unet', width=4), activation='sigmoid', head='linear', classes=10, scales=1, channels=4, per_class=2)).eval()
     kept = FrozenViews(model, batches, views, torch.device('cpu'), progress=False)
     for p in range(2 * n * views):
-        image, label = batches.view(batches.index(p), 'view', p // n % views)
+        image, label = batches.view(batches.index(p), 'view', p // n % views, batches.index(p))
         with torch.no_grad(): expected = model(image[None], ('similarities',)).similarities
         maps, labels = kept[range(p, p + 1)]
         assert torch.equal(maps, expected) and torch.equal(labels, reduce_labels(label[None], expected.shape[-2:]))
     assert not torch.equal(kept[range(0, n)][0].sort(0).values, kept[range(n, 2 * n)][0].sort(0).values)     # the second epoch shows other views
+
+
+def test_every_image_of_a_view_has_a_window_of_its_own():
+    sample = open_dataset('partscapes', 'train', n=1, size=(64, 96))[0]
+    batches = StepBatches([sample] * 6, find_recipe('smoke', 'protoseg').data, [0.] * 3, 0, 'finetune')
+    torch.manual_seed(0)
+    model = build_model(dict(backbone=dict(name='unet', width=4), activation='sigmoid', head='linear', classes=10, scales=1, channels=4, per_class=2)).eval()
+    kept = FrozenViews(model, batches, 2, torch.device('cpu'), progress=False)
+    assert len({label.numpy().tobytes() for _, label in kept.maps}) == 12
 
 
 # -- legacy_labels -----------------------------------------------------------------------------------------------------
