@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from numbers import Integral, Real
 from pathlib import Path
@@ -45,7 +46,7 @@ def replace_file(path: Path,  # final name
                  write,       # function of the temporary path that writes the file
                 ):
     "Write `path` atomically: a temporary file in the same folder, flushed to disk, then renamed."
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.tmp')     # not the process: two hosts may count alike
     try:
         try: write(temporary)
         except SafetensorError as e: raise OSError(f'cannot write {path}: {e}') from e

@@ -12,6 +12,7 @@ import hashlib
 import mmap
 import os
 import re
+import secrets
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -594,7 +595,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.exists(): raise FileExistsError(f'{path} exists; choose another folder for the imported model')
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.tmp')
     try:
         temporary.mkdir()
         yield temporary

@@ -66,6 +66,7 @@ class Train:
         if not 0 <= self.rise < self.steps: raise ValueError(f'rise={self.rise}: expected a part of the {self.steps} steps')
         if self.views and ({'trunk', 'aspp', 'prototypes'} & set(self.lr) or self.momentum):
             raise ValueError(f'views={self.views} fixes the similarities, but {sorted(self.lr)} or momentum={self.momentum} would change them')
+        if self.views and self.diversity: raise ValueError(f'views={self.views} keeps similarities alone, but diversity={self.diversity:g} needs distances: 0 in such a stage')
         if not 0 <= self.balance <= 1: raise ValueError(f'balance={self.balance}: expected an exponent from 0 (none) to 1 (all classes count the same)')
         if not 0 <= self.momentum < 1: raise ValueError(f'momentum={self.momentum}: expected a number in [0, 1), 0 for prototypes that stay')
         if not self.momentum and (self.contrast or self.distance):

@@ -106,8 +106,12 @@ class StepBatches(torch.utils.data.Dataset):
 
     def loader(self, order: list[range], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         "One batch for every range of positions; workers live as long as the iterator, that is for a whole stage."
-        return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=workers,
+        return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=_leave_signals,
                                                 pin_memory=torch.cuda.is_available()))
+
+def _leave_signals(worker: int):
+    "A cluster signals all processes of a job: what a stop means is for the main one to say, which ends its workers."
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 # %% ../nbs/12_training.ipynb #cell-09
 def stage_losses(out: Output,     # with distances if diversity has a weight
@@ -393,7 +397,7 @@ _views: dict[tuple, FrozenViews] = {}   # at most one: stages that follow each o
 def _frozen_views(job: Job, model: Model) -> FrozenViews:
     source = frozen_since(job.recipe, job.stage.name)
     folder = run_folder(job.out, job.recipe, job.seed, source).absolute()
-    key = (folder, (folder / 'head.safetensors').stat().st_mtime_ns, job.recipe.digest(source), job.stage.train.views, job.fabric.device)
+    key = (folder, (folder / 'head.safetensors').stat().st_mtime_ns, job.recipe.digest(source), job.stage.train.views, job.fabric.device, job.precision)
     if key not in _views:
         _views.clear()
         batches = StepBatches(job.data('train'), job.recipe.data, _fill(model), job.seed, source)

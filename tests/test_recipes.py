@@ -106,6 +106,7 @@ def test_balance_after_projection_leaves_what_comes_before_alone():
     assert r.digest('project') == main.digest('project') and r.digest('finetune') != main.digest('finetune')
     assert 'CE balanced by 0.5' in r.table() and r.values()['finetune', 'balance'] == .5
     with pytest.raises(ValueError, match='balance=2'): Train(1, {}, balance=2.)
+    with pytest.raises(ValueError, match='views=2 keeps similarities alone, but diversity=0.5'): Train(1, {}, views=2, diversity=.5)
     with pytest.raises(ValueError, match='batch=0'): Train(1, {}, batch=0)
 
 

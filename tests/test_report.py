@@ -242,7 +242,7 @@ def test_published_numbers_that_papers_repeat_agree():
     for data in ('Cityscapes val', 'Pascal VOC val', 'ADE20K val'):
         here = find_published(steps, method='scaleprotoseg', step='grouped', data=data)
         there = find_published(sweep, data=data, setting='row 2, tau = 0.05')
-        assert here == there
+        assert (here['value'], here.get('std')) == (there['value'], there.get('std'))
     assert find_published(steps, data='nowhere') == {}
     with pytest.raises(ValueError, match='published values'): find_published(steps, data='ADE20K val')
 
@@ -324,7 +324,7 @@ def test_a_notebook_that_lost_its_tag_is_refused(tmp_path):
     for refuse in (check_parameters, run_cells):
         with pytest.raises(ValueError, match='tagged `parameters`'): refuse(tmp_path / 'a.ipynb', {})
     (tmp_path / 'c.ipynb').write_text('{')
-    with pytest.raises(ValueError, match='not a notebook'): check_parameters(tmp_path / 'c.ipynb', {})
+    with pytest.raises(ValueError, match='c.ipynb is damaged'): check_parameters(tmp_path / 'c.ipynb', {})
     with pytest.raises(FileNotFoundError, match='no notebook'): check_parameters(tmp_path / 'd.ipynb', {})
 
 

@@ -235,3 +235,23 @@ def test_finished_work_of_another_recipe_is_neither_used_nor_overwritten(pretrai
     try:
         with pytest.raises(ValueError, match='another recipe'): run_stage('smoke', 'pretrain', 'joint', out=pretrained, device='cpu')
     finally: recipes.RECIPES['smoke/pretrain'] = old
+
+
+GROUP = '''
+import os, signal, time
+from scaleprotoseg.data import open_dataset
+from scaleprotoseg.recipes import find_recipe
+from scaleprotoseg.training import StepBatches
+batches = StepBatches(open_dataset('partscapes', 'train', n=2, size=(64, 96)), find_recipe('smoke', 'protoseg').data, [0.] * 3, 0, 'joint')
+loader = batches.loader([range(p, p + 1) for p in range(40)], workers=2)
+next(loader)
+signal.signal(signal.SIGTERM, lambda *a: print('asked'))
+os.killpg(0, signal.SIGTERM)
+time.sleep(.5)
+print(sum(1 for _ in loader))
+'''
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_the_loaders_workers_alone():
+    done = subprocess.run([sys.executable, '-c', GROUP], capture_output=True, text=True, start_new_session=True)
+    assert done.stdout.split() == ['asked', '39'], done.stderr
