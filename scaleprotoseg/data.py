@@ -164,7 +164,7 @@ def open_dataset(name: str, split: str,
     takes = inspect.signature(build).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         for option in options: lookup(takes, option, f'option of dataset {name!r}')
-    return build(split, root=root, **options)
+    return build(split, root=root and Path(root).expanduser(), **options)
 
 # %% ../nbs/00_data.ipynb #cell-20
 def rng(*keys: str | int  # the order and the type of the keys matter: 1 is not '1'
@@ -178,13 +178,14 @@ def rng(*keys: str | int  # the order and the type of the keys matter: 1 is not 
 @contextmanager
 def _opened(path: str | Path, expected: str) -> Iterator[Image.Image]:
     "An image file, opened; whatever goes wrong with it inside the block becomes an error that names it."
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'} (expected {expected})")
     try:
         with Image.open(path) as im: yield im
     except PermissionError: raise
-    except (OSError, EOFError, SyntaxError, TypeError, ValueError, struct.error, Image.DecompressionBombError) as e:
+    except Image.DecompressionBombError as e: raise ValueError(f'{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, more than is read at a time; cut it into pieces') from e
+    except (OSError, EOFError, SyntaxError, TypeError, ValueError, struct.error) as e:
         raise ValueError(f'cannot read {path}: {e} (expected {expected}). The file is damaged or not an image; '
                          'copy or download it again.') from e
 
@@ -301,7 +302,9 @@ def _read_labels_json(path: Path) -> tuple[Labels, dict[int, int]]:
     try:
         d = json.loads(path.read_text(encoding='utf-8-sig'))
         for key in d: lookup(dict.fromkeys(('names', 'void', 'values', 'colors')), key, 'key')
-        if not isinstance(d['names'], list): raise TypeError(f'"names" is {d["names"]!r}, expected a list')
+        for key in ('names', 'void', 'values'):
+            if not isinstance(d.get(key, []), list): raise TypeError(f'"{key}" is {d[key]!r}, expected a list')
+        if 'names' not in d: raise KeyError('names')
         labels, void = Labels.from_dict(d), list(d.get('void', []))
         values = list(d.get('values', range(len(labels))))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -355,7 +358,8 @@ class Folder:
             if alone := sorted(p for p in (labels/split).glob('*.png') if p.stem not in found and not p.name.startswith('.')):
                 raise FileNotFoundError(f'{alone[0]} has no image in {where} ({len(alone)} such file(s)). Move it away, or add the image.')
             return list(found), [(p, labels/split/f'{i}.png' if (labels/split).is_dir() else None) for i, p in found.items()]
-        ids = [line.strip() for line in where.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+        try: ids = [line.strip() for line in where.read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+        except UnicodeDecodeError as e: raise ValueError(f'{where} is no text in UTF-8 ({e}); save it as such') from e
         if twice := _repeated(ids): raise ValueError(f'{where} lists {twice!r} twice.')
         there = {d: _pictures(d) for d in {(images/i).parent for i in ids}}
         return ids, [(there[(images/i).parent].get(Path(i).name, images/f'{i}.jpg'), labels/f'{i}.png') for i in ids]

@@ -43,7 +43,7 @@ def resolve_run(path: str | Path) -> Path:
     for base in here.parents:
         if (base / path).is_dir(): return base / path
     where = '' if path.is_absolute() else f', neither in {here} nor above it'
-    raise FileNotFoundError(f'no run at {path}{where}; train one, e.g. with `scaleprotoseg run demo scaleprotoseg`')
+    raise FileNotFoundError(f'no run at {path}{where}; no weights come with the package, train some, e.g. with `scaleprotoseg train demo --method scaleprotoseg --seed 0`')
 
 def _stages(folder: Path) -> list[Path]:
     "Folders of stages in the folder of a method and seed, oldest result first: as they say themselves, since a copy has other times."
@@ -75,15 +75,16 @@ def last_stage(folder: str | Path) -> Path:
 def to_image(image: str | Path | Image.Image | np.ndarray | Tensor) -> Tensor:  # (3, H, W) float32 in [0, 1]
     """Any picture as a tensor.
 
-    A path, a PIL image; an array (H, W) or (H, W, 3), or a tensor (3, H, W), of uint8 or of floats in [0, 1].
+    A path, a PIL image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor (3, H, W), of uint8 or of floats in [0, 1]. Grey is repeated,
+    transparency dropped; files of more than 8 bits are divided by 65535.
     Raises FileNotFoundError for a missing file, ValueError for a damaged one, other shapes, types or ranges. TypeError for anything else."""
     if isinstance(image, (str, Path)): return read_image(image)
     if isinstance(image, Image.Image): return image_to_tensor(image)
     if isinstance(image, np.ndarray):
-        if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] != 3:
-            raise ValueError(f'expected an array (H, W) or (H, W, 3), got {image.shape}')
-        x = torch.from_numpy(np.ascontiguousarray(image))
-        return _unit(x.expand(3, -1, -1) if image.ndim == 2 else x.movedim(-1, 0))
+        if image.ndim not in (2, 3) or image.ndim == 3 and image.shape[2] not in (1, 3, 4):
+            raise ValueError(f'expected an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {image.shape}')
+        x = image[..., None] if image.ndim == 2 else image[..., :3]
+        return _unit(torch.from_numpy(x.copy()).movedim(-1, 0).expand(3, -1, -1))
     if isinstance(image, Tensor):
         if image.ndim != 3 or len(image) != 3:
             raise ValueError(f'expected a tensor (3, H, W), got {tuple(image.shape)}')

@@ -334,9 +334,9 @@ def vetoed(recipe: Recipe, prototypes: Iterable[tuple[int, int, int]] = (), blam
 RECIPES: dict[str, Recipe] = {}
 
 def add_recipes(*recipes: Recipe):
-    "Make recipes known under their names, `experiment/method[-variant]`. ValueError for a name that is taken."
+    "Make recipes known under their names, `experiment/method[-variant]`. ValueError for a name that another one has."
     for r in recipes:
-        if r.name in RECIPES: raise ValueError(f'there is already a recipe {r.name!r}')
+        if RECIPES.get(r.name, r) != r: raise ValueError(f'there is already another recipe {r.name!r}; to change one of your own, `RECIPES.pop({r.name!r})` first')
         RECIPES[r.name] = r
 
 def find_recipe(experiment: str, method: str, variant: str = '') -> Recipe:

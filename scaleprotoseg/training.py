@@ -728,7 +728,8 @@ def check_parent(job: Job):
     "The stage before must be finished, and made by the same recipe."
     for folder, verb in ((job.parent, 'starts from'), (job.start, 'starts from'), (job.judge, 'looks at the failures of')):
         if folder and not is_finished(folder):
-            raise FileNotFoundError(f'{job.stage.name} of {job.recipe.name} {verb} {folder}, which is not finished; run that stage first')
+            both = f', e.g. with `scaleprotoseg train {job.recipe.experiment} --method {job.recipe.method} --seed {job.seed}`, which trains what is missing' if folder == job.start else ''
+            raise FileNotFoundError(f'{job.stage.name} of {job.recipe.name} {verb} {folder}, which is not finished; run that stage first{both}')
     if job.parent: check_recipe(job.parent, job.recipe, job.stage.parent)
     if job.start:
         init = find_recipe(job.recipe.experiment, job.recipe.init)

@@ -527,3 +527,23 @@ def test_a_split_folder_may_have_a_dot_in_its_name(tmp_path):
     for kind in ('images', 'labels'): (tmp_path/kind/'train').rename(tmp_path/kind/'train.v2')
     assert torch.equal(open_dataset('folder', 'train.v2', tmp_path)[0].label, torch.tensor([[0, 1, 1], [1, 0, -1]]))
     with pytest.raises(KeyError, match="unknown split 'train'"): open_dataset('folder', 'train', tmp_path)
+
+
+@pytest.mark.parametrize('write, expected', [
+    (lambda p: (p/'labels.json').write_text('{"names": ["x", "y"], "void": 255}'), '"void" is 255, expected a list'),
+    (lambda p: (p/'labels.json').write_text('{"void": [255]}'), "labels.json does not describe classes.*names"),
+    (lambda p: (p/'train.txt').write_text('a\n', encoding='utf-16'), 'train.txt is no text in UTF-8')])
+def test_small_mistakes_in_a_folder_name_the_file(tmp_path, write, expected):
+    write(folder(tmp_path))
+    with pytest.raises(ValueError, match=expected): open_dataset('folder', 'train', tmp_path)
+
+
+def test_home_is_understood_in_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(folder(tmp_path)))
+    assert len(open_dataset('folder', 'train', '~')) == 2 and read_image('~/images/a.png').shape == (3, 2, 3)
+
+
+def test_a_picture_that_is_too_large_is_not_called_damaged(tmp_path, monkeypatch):
+    path = save(tmp_path/'large.png', np.zeros((30, 30), np.uint8))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(ValueError, match='large.png has more than 200 pixels'): read_image(path)

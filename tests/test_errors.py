@@ -14,6 +14,7 @@ from PIL import Image
 from scaleprotoseg import cli, data, recipes, report, runs, training
 from scaleprotoseg.basics import Interrupted
 from scaleprotoseg.partscapes import PartScapes
+from scaleprotoseg.predict import load
 from scaleprotoseg.training import run_stage
 
 
@@ -60,6 +61,7 @@ def test_a_failed_write_names_the_file(tmp_path):
 def test_a_stage_whose_parent_is_missing_says_which(monkeypatch, capsys, tmp_path):
     code, text = call(monkeypatch, capsys, 'run', 'smoke', 'protoseg', '--out', tmp_path, '--device', 'cpu')
     assert code == 2 and 'pretrain' in text and 'not finished' in text
+    assert '`scaleprotoseg train smoke --method protoseg --seed 0`' in text
 
 
 def test_missing_dataset_prints_the_expected_tree(monkeypatch, capsys, tmp_path):
@@ -373,3 +375,46 @@ def test_predict_names_the_picture_and_the_run(monkeypatch, capsys, pretrained, 
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(picture)
     code, text = call(monkeypatch, capsys, 'explain', run, picture, '--at', 3, 4)
     assert code == 2 and 'prototype' in text, 'a black box has nothing to explain with'
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, 'argv', ['scaleprotoseg', *map(str, arguments)])
+    with pytest.raises(SystemExit) as e: cli.main()
+    assert not e.value.code
+
+
+def test_predictions_come_as_numbers_too_and_only_they_are_replaced(monkeypatch, capsys, pretrained, tmp_path):
+    run, picture, out, ids = pretrained / 'smoke/pretrain/seed0/joint', tmp_path / 'a.png', tmp_path / 'p.png', tmp_path / 'i.png'
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)).save(picture)
+    for window in ((), ('--window', 32, 32)):                              # the second time over what the first has written
+        command(monkeypatch, 'predict', run, picture, '--output', out, '--ids', ids, *window)
+        numbers, colours = np.asarray(Image.open(ids)), np.asarray(Image.open(out))
+        assert numbers.shape == (48, 64) and numbers.dtype == np.uint8
+        assert (colours == load(run).labels.colorize(numbers.astype(np.int64))).all()
+    Image.open(picture).save(out)
+    before = out.read_bytes()
+    code, text = call(monkeypatch, capsys, 'predict', run, picture, '--output', out)
+    assert code == 2 and 'was not written by this command and is not replaced' in text and out.read_bytes() == before
+    code, text = call(monkeypatch, capsys, 'explain', run, picture, '--at', 1, 1, '--output', out)
+    assert code == 2 and 'has no explanation beside it (p.json) and is not replaced' in text and out.read_bytes() == before
+
+
+@pytest.mark.parametrize('error, expected', [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nmore"), "not enough memory ([enforce fail at alloc_cpu.cpp:127]"),
+    (RuntimeError('CUDA out of memory. Tried to allocate'), 'not enough memory (CUDA out of memory'), (MemoryError(), 'not enough memory (MemoryError)')])
+def test_too_little_memory_is_one_line(monkeypatch, capsys, error, expected):
+    def fail(): raise error
+    monkeypatch.setattr(cli, 'app', fail)
+    code, text = call(monkeypatch, capsys)
+    assert code == 2 and expected in text and len(text.splitlines()) == 1
+    monkeypatch.setattr(cli, 'app', lambda: (_ for _ in ()).throw(RuntimeError('shapes differ')))
+    with pytest.raises(RuntimeError, match='shapes differ'): cli.main()
+
+
+def test_a_recipe_may_be_added_again_but_not_another_of_its_name():
+    r = replace(recipes.find_recipe('smoke', 'pretrain'), experiment='again')
+    recipes.add_recipes(r)
+    try:
+        recipes.add_recipes(r)
+        with pytest.raises(ValueError, match=r"another recipe 'again/pretrain'; to change one of your own, `RECIPES.pop"): recipes.add_recipes(replace(r, seeds=(5,)))
+    finally: recipes.RECIPES.pop('again/pretrain')

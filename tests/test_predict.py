@@ -86,7 +86,7 @@ def test_unfinished_stages_and_runs_are_refused(tmp_path):
 
 def test_missing_and_wrong_folders_say_what_is_expected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match='scaleprotoseg run'): load('runs/nothing')
+    with pytest.raises(FileNotFoundError, match='no weights come with the package, train some, e.g. with `scaleprotoseg train demo'): load('runs/nothing')
     empty_stage(tmp_path / 'method/seed0/joint')
     with pytest.raises(FileNotFoundError, match='seed0'): load(tmp_path / 'method')
     (tmp_path / 'empty').mkdir()
@@ -123,10 +123,17 @@ def test_all_kinds_of_picture_give_the_same_labels(grouped, array, tmp_path):
     for picture in same: assert np.array_equal(grouped.predict(picture), label)
 
 
+def test_transparency_is_dropped_and_an_array_stays_as_it_is(array):
+    array = array.copy()
+    array.flags.writeable = False
+    clear = np.concatenate([array, np.full((*array.shape[:2], 1), 7, np.uint8)], -1)
+    assert torch.equal(to_image(clear), to_image(array)) and torch.equal(to_image(array), to_image(Image.fromarray(array)))
+
+
 def test_grey_is_repeated(array):
     grey = array[..., 0]
     want = to_image(np.stack([grey] * 3, -1))
-    for picture in grey, Image.fromarray(grey), grey / 255: assert torch.allclose(to_image(picture), want, atol=1e-7)
+    for picture in grey, grey[..., None], Image.fromarray(grey), grey / 255: assert torch.allclose(to_image(picture), want, atol=1e-7)
 
 
 @pytest.mark.parametrize('size', [(16, 16), (17, 131), (64, 96), (97, 33), (150, 200)])
@@ -139,7 +146,7 @@ def test_labels_have_the_size_of_the_picture(predictors, size):
 @pytest.mark.parametrize('picture, match', [
     (np.zeros((8, 40, 3), np.uint8), '16 x 16'), (np.zeros((0, 0, 3), np.uint8), '16 x 16'),
     (np.full((32, 32, 3), 255.), 'divide'), (np.full((32, 32), -0.1), 'divide'), (np.full((32, 32), np.nan), 'divide'),
-    (np.zeros((32, 32, 4), np.uint8), r'\(H, W, 3\)'), (np.zeros((1, 32, 32, 3)), r'\(H, W, 3\)'),
+    (np.zeros((32, 32, 2), np.uint8), r'\(H, W, 3\)'), (np.zeros((1, 32, 32, 3)), r'\(H, W, 3\)'),
     (np.zeros((32, 32), int), 'uint8'), (torch.zeros(1, 3, 32, 32), r'\(3, H, W\)'),
     (torch.zeros(32, 32, 3), r'\(3, H, W\)')])
 def test_wrong_pictures_are_refused(grouped, picture, match):
