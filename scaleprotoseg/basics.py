@@ -47,13 +47,10 @@ def replace_file(path: Path,  # final name
                 ):
     "Write `path` atomically: a temporary file in the same folder, flushed to disk, then renamed."
     temporary = path.with_name(f'.{path.name}.{secrets.token_hex(8)}.tmp')     # not the process: two hosts may count alike
-    temporary.touch()
-    mode = temporary.stat().st_mode                                                             # the user's; safetensors makes files for one's own eyes
     try:
         try: write(temporary)
         except SafetensorError as e: raise OSError(f'cannot write {path}: {e}') from e
         with open(temporary, 'rb') as f: os.fsync(f.fileno())
-        temporary.chmod(mode)
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@
 # %% ../nbs/06_model.ipynb #cell-03
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -25,7 +26,7 @@ from .prototypes import SIMILARITIES, Prototypes, full_precision
 
 # %% auto #0
 __all__ = ['CACHED', 'HELD', 'ACTIVATIONS', 'OUTPUTS', 'HEADS', 'Output', 'Model', 'Packed', 'pick_device', 'build_model',
-           'save_weights', 'read_tensors', 'load_weights', 'save_model', 'read_config', 'load_model']
+           'save_weights', 'weights_digest', 'read_tensors', 'load_weights', 'save_model', 'read_config', 'load_model']
 
 # %% ../nbs/06_model.ipynb #cell-05
 @dataclass
@@ -229,7 +230,22 @@ def save_weights(model: Model, folder: Path, backbone: bool = True, prefix: str 
     parts = {'backbone': {k: v for k, v in state.items() if k.startswith('backbone.')},
              'head': {k: v for k, v in state.items() if not k.startswith('backbone.')}}
     for name in (['backbone'] if backbone else []) + ['head']:
-        replace_file(folder / f'{prefix}{name}.safetensors', partial(save_file, parts[name]))
+        replace_file(folder / f'{prefix}{name}.safetensors', partial(_write_tensors, parts[name]))
+
+def weights_digest(model: Model) -> str:
+    "Short hash of all weights of a model, with their names, types and shapes."
+    found = hashlib.sha256()
+    for name, t in sorted(model.state_dict().items()):
+        found.update(f'{name} {t.dtype} {tuple(t.shape)}'.encode())
+        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
+
+def _write_tensors(tensors, path):
+    "A safetensors file that others may read as they may any file of this user: the library makes it for one's own eyes."
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(mode)
 
 # %% ../nbs/06_model.ipynb #cell-21
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -463,7 +463,7 @@ def every_third(r: Recipe) -> Recipe:
     "A recipe that holds out every third slice."
     return changed(r, 'every_third', data={'splits': {role: {**options, 'split_seed': None} for role, options in r.data.splits.items()}})
 
-IN_SUPPLEMENT = (no_zoom, warped, plain_unet, every_third)   # what sets ProtoSeg's supplement apart (spec 4.5b)
+IN_SUPPLEMENT = (no_zoom, warped, plain_unet, every_third)   # what sets ProtoSeg's supplement apart (spec 4.5b); `no_zoom` is inferred: a zoom of 0.95 to 1.05 is stated
 
 add_recipes(*em_supplement('em-supplement', 'em'), *em_supplement('em-supplement-quick', 'em-quick'))
 

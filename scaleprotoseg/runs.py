@@ -161,12 +161,13 @@ def _accelerator() -> dict:
 
 def provenance(recipe: Recipe, seed: int, stage: str, data: dict,
                sessions: list[dict],   # one per uninterrupted piece of work, each with device, precision, commit and seconds
+               begun: str = '',        # digest of the weights it began with
               ) -> dict:
     "What made a result: enough to make it again, and nothing private (no user, host or absolute path)."
     flags = f'--variant {recipe.variant} ' if recipe.variant else ''
     joined = {k: '; then '.join(dict.fromkeys(s.get(k, 'unknown') for s in sessions)) for k in ('commit', 'device', 'precision')}
     return {'command': f'scaleprotoseg run {recipe.experiment} {shlex.quote(recipe.method)} {flags}--stage {stage} --seed {seed}',
-            'commit': joined.pop('commit'), 'recipe': recipe.digest(stage), 'seed': seed, 'data': data, **joined,
+            'commit': joined.pop('commit'), 'recipe': recipe.digest(stage), 'seed': seed, 'data': data, 'begun': begun, **joined,
             'versions': {'python': platform.python_version(), 'scaleprotoseg': __version__, **{p: version(p) for p in ('torch', 'torchvision', 'numpy')}, **_accelerator()},
             'finished': datetime.now(timezone.utc).isoformat(timespec='seconds'),
             'sessions': len(sessions), 'seconds': round(sum(s['seconds'] for s in sessions), 1)}

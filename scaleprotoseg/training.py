@@ -8,9 +8,9 @@ __all__ = ['OPTIMIZERS', 'SAVE_SECONDS', 'COLLAPSED', 'READ_EVERY', 'KINDS', 'PR
            'followed_sums', 'parameter_groups', 'make_optimizer', 'set_learning_rate', 'Job', 'model_config',
            'initial_backbone', 'start_model', 'FrozenViews', 'frozen_since', 'train_stage', 'project_stage',
            'prune_stage', 'threshold_stage', 'veto_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data',
-           'check_split', 'split_record', 'check_labelled', 'check_same_data', 'check_finished', 'check_shown',
-           'check_parent', 'check_before_veto', 'check_recipe', 'stopping', 'processes', 'make_fabric', 'speaks',
-           'check_division', 'run_stage', 'find_equal', 'adopt', 'run_method']
+           'check_split', 'split_record', 'check_labelled', 'check_same_data', 'check_finished', 'check_begun',
+           'check_shown', 'check_parent', 'check_before_veto', 'check_recipe', 'stopping', 'processes', 'make_fabric',
+           'speaks', 'check_division', 'run_stage', 'find_equal', 'adopt', 'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
 import atexit
@@ -45,7 +45,7 @@ from .heads import GroupHead
 from .losses import (class_weights, compared_pairs, cross_entropy, diversity, group_entropy, legacy_labels, lovasz, off_class_l1,
                                   own_class, prototype_contrast, prototype_distance)
 from .metrics import class_iou, group_statistics, mean_iou, pixel_accuracy
-from .model import Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model, save_weights
+from .model import Model, Output, build_model, load_model, load_weights, pick_device, read_config, read_tensors, save_model, save_weights, weights_digest
 from .projection import Projection, Rescaling, save_sheet, touched, trace
 from .pruning import NearestPatches
 from .recipes import Data, Recipe, Stage, Train, find_recipe
@@ -226,6 +226,7 @@ class Job:
     stop: Callable[[], str]   # reason to stop now, or ''
     precision: str = '32-true'
     images: dict = field(default_factory=dict)              # of every split, see `check_data`
+    begun: str = ''                                         # `weights_digest` of the model it begins with
     opened: dict = field(default_factory=dict, repr=False)  # datasets by role, as they were when the stage was begun
 
     @property
@@ -702,6 +703,15 @@ def check_finished(job: Job):
     for role in now.keys() & made.keys():
         if now[role] != made[role]: raise ValueError(_other_images(job.folder, role, made[role], now[role]))
 
+def check_begun(job: Job):
+    "ValueError if a finished stage began with other weights than it would now: what it starts from was trained again. Where that is not there any more it stands as it is."
+    made = read_json(job.folder / 'provenance.json').get('begun')
+    if not made: return                                             # older than this record of it
+    try: model, _ = start_model(job, job.data('val').labels)
+    except FileNotFoundError as e: return print(f'{job.folder}: finished earlier, what it began with was not looked at ({e})', file=sys.stderr)
+    if weights_digest(model) != made:
+        raise ValueError(f'{job.folder} did not begin with the weights that {job.parent or job.start or "its backbone"} has now; remove it, and what follows it, to train it again')
+
 def check_shown(folder: Path,                # of a finished stage
                 role: str, dataset: Dataset, # what is there for that role now
                 root: Path | None, options: Mapping):
@@ -864,6 +874,7 @@ def run_stage(experiment: str, method: str, stage: str, variant: str = '', seed:
         check_recipe(job.folder, recipe, stage)
         if job.first(is_finished, job.folder):
             if job.writes: (job.folder / 'resume.safetensors').unlink(missing_ok=True)   # killed between the last two lines of `_finish`
+            if job.writes: check_begun(job)
             if job.writes and job.data_root: check_finished(job)
             return job.folder
         if why := job.reason(): raise Interrupted(f'{job.folder}: {why} before it began; the same command continues')
@@ -875,14 +886,14 @@ def run_stage(experiment: str, method: str, stage: str, variant: str = '', seed:
 
 # %% ../nbs/12_training.ipynb #cell-34
 def find_equal(job: Job, data: dict) -> Path | None:
-    "A finished folder of the same digest, seed and data, with its weights, made for another method, variant or experiment; None if there is none."
+    "A finished folder of the same digest, seed, data and weights to begin with, with its own weights, made for another method, variant or experiment; None if there is none."
     digest = job.recipe.digest(job.stage.name)
     for note in sorted(job.out.glob(f'*/*/seed{job.seed}/{job.stage.name}/recipe.json')):
         folder = note.parent
         if folder == job.folder or not is_finished(folder) or read_json(note) != digest: continue
         if not all((folder / f'{part}.safetensors').is_file() for part in ('backbone', 'head')): continue      # unpacked, for figures
         made = read_json(folder / 'provenance.json')
-        if all(made.get(k) == v for k, v in {'data': data, **{k: job.session(0)[k] for k in ('device', 'precision')}}.items()): return folder
+        if made.get('begun', job.begun) == job.begun and all(made.get(k) == v for k, v in {'data': data, **{k: job.session(0)[k] for k in ('device', 'precision')}}.items()): return folder
     return None
 
 def adopt(job: Job, source: Path):
@@ -901,6 +912,7 @@ def _run(job: Job):
     check_recipe(job.folder, job.recipe, job.stage.name)
     labels = job.data('val').labels
     model, config = start_model(job, labels)      # first: missing weights are known at once, a bad image after reading all
+    job.begun = weights_digest(model)
     data = job.first(check_data, job)
     check_same_data(job, data)
     job.images = data
@@ -926,7 +938,7 @@ def _finish(job, model, config, data, facts, started):
     if not job.writes: return
     measured = {'stage': job.stage.name, **results(model, counts, job.data('val').labels), **facts, 'memory_mb': peak_memory(job.fabric.device)}
     write_json(job.folder / 'provenance.json', provenance(job.recipe, job.seed, job.stage.name, data,
-                                                          [*earlier, job.session(time.time() - started)]))
+                                                          [*earlier, job.session(time.time() - started)], job.begun))
     write_json(job.folder / 'metrics.json', measured)
     (job.folder / 'resume.safetensors').unlink(missing_ok=True)
     print(f'{job.recipe.name} seed {job.seed} {job.stage.name}: mIoU {measured["miou"]:.4f}', file=sys.stderr, flush=True)

@@ -13,13 +13,14 @@ from PIL import Image
 from test_datasets import MINIATURES
 
 from scaleprotoseg import recipes
+from scaleprotoseg.basics import read_json
 from scaleprotoseg.data import rng
 from scaleprotoseg.losses import lovasz
-from scaleprotoseg.model import build_model, load_model
+from scaleprotoseg.model import build_model, load_model, weights_digest
 from scaleprotoseg.predict import load
 from scaleprotoseg.recipes import Train, find_recipe
 from scaleprotoseg.runs import is_finished, read_metrics
-from scaleprotoseg.training import initial_backbone, make_optimizer, mean_losses, passes, run_method, stage_losses, update_counts
+from scaleprotoseg.training import initial_backbone, make_optimizer, mean_losses, passes, run_method, run_stage, stage_losses, update_counts
 
 OTHER = dict(pascal=0, cityscapes=7, ade20k=1, cocostuff=0, em=0)     # a second value of label files
 
@@ -215,3 +216,29 @@ def test_dropout_is_drawn_by_seed_and_step(tmp_path, monkeypatch):
     first, again, other = (run_method('mini', 'prototype_view', seed=seed, out=tmp_path / out, device='cpu')[0] / 'head.safetensors'
                            for seed, out in ((0, 'a'), (0, 'b'), (1, 'c')))
     assert first.read_bytes() == again.read_bytes() != other.read_bytes()
+
+
+def test_a_stage_is_tied_to_the_weights_it_began_with(tmp_path, monkeypatch):
+    """Its parent trained again (here: with another precision) is another training, for what is finished and for what would be taken over."""
+    recipe = find_recipe('smoke', 'pretrain')
+    two = replace(recipe, method='two', stages=(recipe.last, replace(recipe.last, name='more', parent='joint')))
+    twin = replace(two, experiment='smoke-ablations', variant='twin')
+    for r in (two, twin): monkeypatch.setitem(recipes.RECIPES, r.name, r)
+    first, second = run_method('smoke', 'two', out=tmp_path, device='cpu')
+    begun = [read_json(f / 'provenance.json')['begun'] for f in (first, second)]
+    assert begun[0] != begun[1] == weights_digest(load_model(first))
+    assert (second / 'head.safetensors').stat().st_mode & 0o777 == (second / 'config.json').stat().st_mode & 0o777
+    shutil.rmtree(first)
+    run_stage('smoke', 'two', 'joint', out=tmp_path, device='cpu')
+    assert run_stage('smoke', 'two', 'more', out=tmp_path, device='cpu') == second                     # the same weights again
+    shutil.rmtree(first)
+    run_stage('smoke', 'two', 'joint', out=tmp_path, device='cpu', precision='64-true')
+    with pytest.raises(ValueError, match=f'{second} did not begin with the weights that {first} has now; remove it'): run_stage('smoke', 'two', 'more', out=tmp_path, device='cpu')
+    run_stage('smoke-ablations', 'two', 'joint', 'twin', out=tmp_path, device='cpu')
+    other = run_stage('smoke-ablations', 'two', 'more', 'twin', out=tmp_path, device='cpu')
+    assert other.is_dir() and (other / 'head.safetensors').samefile(second / 'head.safetensors')         # it begins as `second` did
+    shutil.rmtree(first)
+    shutil.rmtree(other)
+    (second / 'provenance.json').write_text((second / 'provenance.json').read_text().replace(begun[1], '0' * 12))
+    other = run_stage('smoke-ablations', 'two', 'more', 'twin', out=tmp_path, device='cpu')
+    assert not (other / 'head.safetensors').samefile(second / 'head.safetensors')
