@@ -31,7 +31,7 @@ from .basics import lookup
 # %% auto #0
 __all__ = ['DATASETS', 'palette', 'Labels', 'in_unit', 'Sample', 'Dataset', 'read_ahead', 'register_dataset', 'open_dataset',
            'rng', 'image_to_tensor', 'read_pixels', 'read_image', 'read_label', 'read_pair', 'Folder', 'em_validation',
-           'EM', 'fingerprint', 'files_state', 'check_dataset', 'shared_images']
+           'EM', 'fingerprint', 'files_state', 'files_digest', 'check_dataset', 'shared_images']
 
 # %% ../nbs/00_data.ipynb #cell-05
 _OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
@@ -438,6 +438,17 @@ def files_state(ds: Dataset, times: bool = True) -> str:
     found = [(p.name, (s := p.stat()).st_size, times and s.st_mtime_ns) for p in map(Path, listed() if callable(listed) else ())]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
+def files_digest(ds: Dataset) -> str:
+    """SHA-256 of what the files of a dataset hold, in order; '' for one without a method `files`. FileNotFoundError if one is gone.
+
+    Not of JSON files, which name and colour classes: names are in `fingerprint`, what values mean shows in the class counts of `contents`."""
+    listed, found = getattr(ds, 'files', None), hashlib.sha256()
+    if not callable(listed): return ''
+    for p in listed():
+        if Path(p).suffix == '.json': continue
+        with open(p, 'rb') as f: found.update(hashlib.file_digest(f, 'sha256').digest())
+    return found.hexdigest()
+
 def _check_parts(s, labels):
     "ValueError for a part that its class does not name. What is void is in no class."
     named = torch.tensor([len(p) for p in labels.parts] or [0] * len(labels))
@@ -469,7 +480,7 @@ def _check_sample(s: Sample, labels: Labels) -> np.ndarray:
 def check_dataset(ds: Dataset, progress: bool = True) -> dict[str, Any]:
     """Read every sample once; stop with a clear error at the first bad one.
 
-    Returns `images` (count), `fingerprint`, `contents` (SHA-256 of ids, sizes and class counts), `class_pixels`
+    Returns `images` (count), `fingerprint`, `contents` (SHA-256 of ids, sizes and class counts), `files` (see `files_digest`), `class_pixels`
     ({name: pixels}) and `void_pixels`: plain values for JSON. ValueError for an empty split, an id that occurs twice,
     or a sample that is not as `Sample` says; the readers' own errors pass through.
     """
@@ -481,7 +492,7 @@ def check_dataset(ds: Dataset, progress: bool = True) -> dict[str, Any]:
     for s in tqdm(read_ahead(ds), total=len(ds), desc='check images', disable=not progress):
         total += (counts := _check_sample(s, ds.labels))
         contents.update(json.dumps([s.id, *s.label.shape, *counts.tolist()]).encode())
-    return dict(images=len(ds), fingerprint=fingerprint(ds), contents=contents.hexdigest(),
+    return dict(images=len(ds), fingerprint=fingerprint(ds), contents=contents.hexdigest(), files=files_digest(ds),
                 class_pixels=dict(zip(ds.labels.names, total[:-1].tolist())), void_pixels=int(total[-1]))
 
 def shared_images(a: Dataset, b: Dataset) -> list[str]:

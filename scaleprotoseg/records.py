@@ -119,7 +119,8 @@ def finished(runs: str | Path,  # folder of all runs
 
 def _images(f: Finished) -> dict[str, dict]:
     "What is known of the images of every split that a recipe names."
-    return {json.dumps([f.recipe.data.dataset, dict(options)]): made for role, options in f.recipe.data.splits.items() if (made := f.facts.get('data', {}).get(role))}
+    return {json.dumps([f.recipe.data.dataset, dict(options)]): {k: v for k, v in made.items() if k != 'files'}
+            for role, options in f.recipe.data.splits.items() if (made := f.facts.get('data', {}).get(role))}        # in other files they may be the same images
 
 def read_record(experiment: str, recorded: str | Path = RECORDED) -> dict[str, Finished]:
     """The recorded stages of an experiment by their key; those that another recipe made than today's are left out with a warning.

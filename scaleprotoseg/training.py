@@ -9,8 +9,8 @@ __all__ = ['OPTIMIZERS', 'SAVE_SECONDS', 'COLLAPSED', 'READ_EVERY', 'KINDS', 'PR
            'initial_backbone', 'start_model', 'FrozenViews', 'frozen_since', 'train_stage', 'project_stage',
            'prune_stage', 'threshold_stage', 'veto_stage', 'prototype_counts', 'results', 'peak_memory', 'check_data',
            'check_split', 'split_record', 'check_labelled', 'check_same_data', 'check_finished', 'check_begun',
-           'check_shown', 'check_parent', 'check_before_veto', 'check_recipe', 'stopping', 'processes', 'make_fabric',
-           'speaks', 'check_division', 'run_stage', 'find_equal', 'adopt', 'run_method']
+           'check_shown', 'same_images', 'check_parent', 'check_before_veto', 'check_recipe', 'stopping', 'processes',
+           'make_fabric', 'speaks', 'check_division', 'run_stage', 'find_equal', 'adopt', 'run_method']
 
 # %% ../nbs/12_training.ipynb #cell-03
 import atexit
@@ -421,7 +421,7 @@ def train_stage(job: Job, model: Model) -> dict:
     wrapped, optimizer = job.fabric.setup(model, make_optimizer(model, train))
     for name in ('outputs', 'score_similarities'): wrapped.mark_forward_method(name)
     position |= {'images': job.images} | (load_resume(job.folder / 'resume.safetensors', model, optimizer) or {})
-    if position['images'] != job.images:
+    if not _same_splits(position['images'], job.images):
         raise ValueError(f'{job.folder} was begun with other images than there are now; put those back, or remove the folder to begin again')
     if position['step'] and job.writes: print(f'{job.folder}: continuing at step {position["step"]} of {train.steps}', file=sys.stderr)
     earlier = position['sessions']
@@ -692,7 +692,7 @@ def check_same_data(job: Job, data: dict):  # of `check_data`
     made = read_json(folder / 'provenance.json').get('data', {})
     for role, now in data.items():
         alike = (init.data.dataset, init.data.splits.get(role)) == (job.recipe.data.dataset, job.recipe.data.splits[role])
-        if alike and (then := made.get(role, now)) != now:
+        if alike and not same_images(then := made.get(role, now), now):
             raise ValueError(_other_images(folder, role, then, now))
 
 def check_finished(job: Job):
@@ -701,7 +701,7 @@ def check_finished(job: Job):
     except FileNotFoundError as e: return print(f'{job.folder}: finished earlier, its images were not looked at ({e})', file=sys.stderr)
     made = read_json(job.folder / 'provenance.json').get('data', {})
     for role in now.keys() & made.keys():
-        if now[role] != made[role]: raise ValueError(_other_images(job.folder, role, made[role], now[role]))
+        if not same_images(made[role], now[role]): raise ValueError(_other_images(job.folder, role, made[role], now[role]))
 
 def check_begun(job: Job):
     "ValueError if a finished stage began with other weights than it would now: what it starts from was trained again. Where that is not there any more it stands as it is."
@@ -723,16 +723,20 @@ def check_shown(folder: Path,                # of a finished stage
     if not made: return                                             # nothing is known of its images
     record = split_record(folder.parents[2], dataset, root, options)
     if record not in _read: _read[record] = read_json(record) if record.is_file() else check_dataset(dataset, progress=len(dataset) > 500)
-    if (now := _split_facts(made['dataset'], _read[record])) != made: raise ValueError(_other_images(folder, role, made, now))
+    if not same_images(made, now := _split_facts(made['dataset'], _read[record])): raise ValueError(_other_images(folder, role, made, now))
 
 _read: dict[Path, dict] = {}   # what `check_dataset` said, by `split_record`
 
 def _split_facts(dataset, found):
-    return {'dataset': dataset, 'images': found['images'], 'contents': found['contents'][:16]}
+    return {'dataset': dataset, 'images': found['images'], 'contents': found['contents'][:16], **({'files': found['files'][:16]} if found.get('files') else {})}
+
+def same_images(then: Mapping, now: Mapping) -> bool:
+    "Are a split's facts those of the same images? Where one of them says nothing of the files, by what both say."
+    return all(then[k] == now[k] for k in then.keys() & now.keys())
 
 def _other_images(folder, role, then, now):
-    return (f'{folder} was made of other {role} images than there are now ({then.get("images")} images, contents {then.get("contents")}; '
-            f'now {now["images"]}, {now["contents"]}); put those back, or choose another output folder')
+    return (f'{folder} was made of other {role} images than there are now ({then.get("images")} images, contents {then.get("contents")} {then.get("files", "")}; '
+            f'now {now["images"]}, {now["contents"]} {now.get("files", "")}); put those back, or choose another output folder')
 
 def check_parent(job: Job):
     "The stage before must be finished, and made by the same recipe."
@@ -756,7 +760,8 @@ def check_before_veto(job: Job, data: dict):  # of `check_data`
     main = run_folder(job.out, find_recipe(job.recipe.experiment, job.recipe.method), job.seed, job.stage.name)
     if not is_finished(main): return
     made, now = read_json(main / 'provenance.json'), {**job.session(0), 'data': data}
-    apart = ', '.join(f'{k} {now[k]}, there {made.get(k)}' for k in ('device', 'precision', 'data') if made.get(k) != now[k])
+    other = {k for k in ('device', 'precision') if made.get(k) != now[k]} | ({'data'} if not _same_splits(made.get('data', {}), data) else set())
+    apart = ', '.join(f'{k} {now[k]}, there {made.get(k)}' for k in sorted(other))
     raise ValueError(f'{job.recipe.name} removes prototypes of {main.parent}, so {job.stage.name} is not trained again, and that one cannot be taken over: '
                      f'{apart or "it was made by another recipe"}')
 
@@ -893,8 +898,10 @@ def find_equal(job: Job, data: dict) -> Path | None:
         if folder == job.folder or not is_finished(folder) or read_json(note) != digest: continue
         if not all((folder / f'{part}.safetensors').is_file() for part in ('backbone', 'head')): continue      # unpacked, for figures
         made = read_json(folder / 'provenance.json')
-        if made.get('begun', job.begun) == job.begun and all(made.get(k) == v for k, v in {'data': data, **{k: job.session(0)[k] for k in ('device', 'precision')}}.items()): return folder
+        if made.get('begun', job.begun) == job.begun and all(made.get(k) == job.session(0)[k] for k in ('device', 'precision')) and _same_splits(made.get('data', {}), data): return folder
     return None
+
+def _same_splits(then: Mapping, now: Mapping) -> bool: return then.keys() == now.keys() and all(same_images(then[k], now[k]) for k in now)
 
 def adopt(job: Job, source: Path):
     "Make `source` this stage's result; the description names this recipe, everything else is the same files."

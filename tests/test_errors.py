@@ -175,6 +175,22 @@ def test_a_finished_stage_is_not_passed_off_as_one_of_other_images(mine, capsys)
     with pytest.raises(ValueError, match='pretrain/seed0/joint was made of other val images'): run_stage('mine', 'pretrain', 'joint', **options)
 
 
+def test_pixels_that_move_and_leave_all_counts_alike_are_other_images(mine):
+    write, options = mine
+    folder = run_stage('mine', 'pretrain', 'joint', **options)
+    label = options['data_root'] / 'labels/val/0.png'
+    Image.fromarray(np.asarray(Image.open(label))[:, ::-1].copy()).save(label)
+    with pytest.raises(ValueError, match='pretrain/seed0/joint was made of other val images'): run_stage('mine', 'pretrain', 'joint', **options)
+    write()
+    (options['data_root'] / 'labels.json').write_text((options['data_root'] / 'labels.json').read_text().replace('{', '{"colors": [[1, 2, 3], [4, 5, 6]], ', 1))
+    assert run_stage('mine', 'pretrain', 'joint', **options) == folder, 'other colours are no other images'
+    facts = json.loads((folder / 'provenance.json').read_text())                # of a stage that is older than this digest
+    for role in facts['data'].values(): del role['files']
+    (folder / 'provenance.json').write_text(json.dumps(facts))
+    Image.fromarray(np.asarray(Image.open(label))[:, ::-1].copy()).save(label)
+    assert run_stage('mine', 'pretrain', 'joint', **options) == folder, 'told by what both say'
+
+
 def test_pictures_of_other_images_do_not_stand_beside_scores(mine, monkeypatch, tmp_path):
     write, options = mine
     run_stage('mine', 'pretrain', 'joint', **options)
