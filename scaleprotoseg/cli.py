@@ -25,7 +25,7 @@ from typing import Annotated
 import typer
 
 from . import recipes
-from .basics import Interrupted, UnknownName, from_root, lookup
+from .basics import Interrupted, UnknownName, from_root
 
 # %% ../nbs/17_cli.ipynb #cell-05
 app = typer.Typer(name='scaleprotoseg', help='Interpretable semantic segmentation with prototypes.', no_args_is_help=True,
@@ -82,8 +82,7 @@ def list_(experiment: Annotated[str, typer.Argument(help='Show the recipes of on
     if not experiment:
         for name in recipes.experiments(): print(f'{name}: {", ".join(r.name.split("/")[1] for r in recipes.recipes_of(name))}')
         return
-    known = {e: recipes.recipes_of(e) for e in recipes.experiments()}
-    for r in lookup(known, experiment, 'experiment'): print(f'## {r.name}\n\n{r.table()}\n')
+    for r in recipes.known_recipes(experiment): print(f'## {r.name}\n\n{r.table()}\n')
 
 # %% ../nbs/17_cli.ipynb #cell-10
 @app.command()
@@ -124,15 +123,15 @@ def check(experiment: str, data_root: DataRoot = None):
     "Read every image and label that an experiment uses, and stop at the first bad one."
     from scaleprotoseg.data import check_dataset, open_dataset, shared_images
     from scaleprotoseg import training      # makes the datasets known
-    known = {e: recipes.recipes_of(e) for e in recipes.experiments()}
-    splits = {json.dumps([r.data.dataset, dict(o)]): (r.data.dataset, dict(o)) for r in lookup(known, experiment, 'experiment') for o in r.data.splits.values()}
+    known = recipes.known_recipes(experiment)
+    splits = {json.dumps([r.data.dataset, dict(o)]): (r.data.dataset, dict(o)) for r in known for o in r.data.splits.values()}
     for name, options in splits.values():
         facts = check_dataset(open_dataset(name, root=data_root, **options))
         training.check_labelled(facts, f'{name} {options}', warn=False)
         total = sum(facts['class_pixels'].values()) + facts['void_pixels']
         shares = ', '.join(f'{k} {n / total:.1%}' if n else f'{k} no pixel' for k, n in [*facts['class_pixels'].items(), ('void', facts['void_pixels'])] if n or k != 'void')
         print(f'{name} {options}: {facts["images"]} images, contents {facts["contents"][:16]}, pixels: {shares}')
-    for data in {json.dumps([r.data.dataset, dict(r.data.splits)]): r.data for r in known[experiment]}.values():
+    for data in {json.dumps([r.data.dataset, dict(r.data.splits)]): r.data for r in known}.values():
         train, val = (open_dataset(data.dataset, root=data_root, **data.splits[role]) for role in ('train', 'val'))
         if both := shared_images(train, val): print(f'warning: {len(both)} images are in the train split and in the val split: {", ".join(both[:9])}', file=sys.stderr)
 
@@ -392,7 +391,7 @@ def reproduce(context: typer.Context, experiment: str = 'demo', cores: int = 0, 
     from scaleprotoseg.runs import locked
     if not find_spec('snakemake'): raise ModuleNotFoundError(name='snakemake')
     if not Path('Snakefile').is_file(): raise FileNotFoundError('no Snakefile here; run this in a checkout of scaleprotoseg')
-    lookup({e: e for e in recipes.experiments()}, experiment, 'experiment')
+    recipes.known_recipes(experiment)
     config = [f'experiment={experiment}', f'device={device}', f'precision={precision}', f'data_root={data_root or ""}']
     base = [sys.executable, '-m', 'snakemake', '--cores', str(cores or 'all'), '--config', *config]
     shared = ['--resources', 'gpu=1'] if pick_device(device).type != 'cpu' else []      # one job at a time has the accelerator

@@ -10,22 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .basics import from_root, lookup
-from .recipes import Recipe, experiments, recipes_of
+from .basics import from_root
+from .recipes import Recipe, experiments, known_recipes, recipes_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['EM_SEED', 'DATA_NAMES', 'PARTS', 'HELD_OUT', 'PAPER_NOTEBOOKS', 'SHOWN_EXPERIMENTS', 'known_recipes',
-           'main_experiment', 'is_ablation', 'dataset_key', 'PaperNotebook', 'paper_notebooks', 'main_table',
-           'published_contents', 'status', 'contents_table', 'joined', 'contents_markdown']
+__all__ = ['EM_SEED', 'DATA_NAMES', 'PARTS', 'HELD_OUT', 'PAPER_NOTEBOOKS', 'SHOWN_EXPERIMENTS', 'main_experiment', 'is_ablation',
+           'dataset_key', 'PaperNotebook', 'paper_notebooks', 'main_table', 'published_contents', 'status',
+           'contents_table', 'joined', 'contents_markdown']
 
 # %% ../nbs/15_contents.ipynb #cell-04
-def known_recipes(experiment: str) -> list[Recipe]:
-    "The recipes of an experiment; `UnknownName` for one that there is not."
-    return lookup({e: recipes_of(e) for e in experiments()}, experiment, 'experiment')
-
 def main_experiment(experiment: str) -> str:
     "The experiment that an experiment of ablations varies; any other is its own."
     return experiment.removesuffix('-ablations')

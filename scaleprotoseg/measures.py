@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .basics import lookup, read_json, write_json
-from .contents import HELD_OUT, PARTS, known_recipes
+from .contents import HELD_OUT, PARTS
 from .data import fingerprint
 from .evaluation import evaluate
 from .health import score_health, summary
@@ -21,7 +21,7 @@ from .interpretability import PartScores, PartTest, score_parts, sparsity, used_
 from .metrics import average_weight, extra_parameters
 from .model import Model
 from .protocols import Evaluation
-from .recipes import Recipe
+from .recipes import Recipe, known_recipes
 from .report import (BETTER, LAST, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, open_run,
                                   published_references, summarise)
 from .records import finished_seeds, metrics_digest, read_record, stage_key

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COSINE', 'FEW_UPDATES', 'RECIPES', 'EM_STEPS', 'IN_SUPPLEMENT', 'STEPS', 'unzoomed', 'WEIGHTS', 'quick', 'Train',
            'Stage', 'Data', 'chosen', 'Recipe', 'blackbox', 'projected', 'protoseg', 'scaleprotoseg', 'prototype_view',
-           'changed', 'in_stage', 'veto_name', 'read_veto', 'vetoed', 'add_recipes', 'find_recipe', 'named_recipe',
-           'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split', 'em_supplement', 'no_zoom',
-           'warped', 'plain_unet', 'every_third', 'pretrained_recipes', 'published_data', 'legacy', 'taus',
-           'coco_weights', 'longer', 'wide', 'rescaled', 'protoseg_ablations', 'claim_ablations', 'plus', 'lovasz_last',
-           'after_projection', 'balanced_last', 'fixed_last', 'small_ablations', 'from_supplement', 'group_ablations',
-           'apart', 'view_recipes', 'adamw', 'camvid', 'once']
+           'changed', 'in_stage', 'veto_name', 'read_veto', 'vetoed', 'add_recipes', 'known_recipes', 'find_recipe',
+           'named_recipe', 'experiments', 'recipes_of', 'partscapes_recipes', 'em_recipes', 'other_split',
+           'em_supplement', 'no_zoom', 'warped', 'plain_unet', 'every_third', 'pretrained_recipes', 'published_data',
+           'legacy', 'taus', 'coco_weights', 'longer', 'wide', 'rescaled', 'protoseg_ablations', 'claim_ablations',
+           'plus', 'lovasz_last', 'after_projection', 'balanced_last', 'fixed_last', 'small_ablations',
+           'from_supplement', 'group_ablations', 'apart', 'view_recipes', 'adamw', 'camvid', 'once']
 
 # %% ../nbs/10_recipes.ipynb #cell-02
 import hashlib
@@ -339,9 +339,13 @@ def add_recipes(*recipes: Recipe):
         if RECIPES.get(r.name, r) != r: raise ValueError(f'there is already another recipe {r.name!r}; to change one of your own, `RECIPES.pop({r.name!r})` first')
         RECIPES[r.name] = r
 
+def known_recipes(experiment: str) -> list[Recipe]:
+    "The recipes of an experiment; `UnknownName` for one that there is not."
+    return lookup({e: recipes_of(e) for e in experiments()}, experiment, 'experiment')
+
 def find_recipe(experiment: str, method: str, variant: str = '') -> Recipe:
     "A recipe by its names; unknown ones suggest the nearest (KeyError)."
-    methods = lookup({e: recipes_of(e) for e in experiments()}, experiment, 'experiment')
+    methods = known_recipes(experiment)
     if vetoes := read_veto(variant): return vetoed(find_recipe(experiment, method), vetoes)     # its name says everything
     return lookup({r.name.split('/')[1]: r for r in methods}, method + (f'-{variant}' if variant else ''),
                   f'method of experiment {experiment!r}')

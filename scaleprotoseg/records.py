@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .basics import read_json, replace_file
-from .contents import is_ablation, known_recipes, main_experiment
-from .recipes import Recipe
+from .contents import is_ablation, main_experiment
+from .recipes import Recipe, known_recipes
 from .runs import is_finished, read_metrics, run_folder
 
 if TYPE_CHECKING:

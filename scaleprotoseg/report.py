@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING
 from .basics import from_root, lookup, replace_file, write_json
 from .catalogue import CATALOGUE
 from .contents import (PAPER_NOTEBOOKS, contents_markdown, contents_table, dataset_key, is_ablation, joined,
-                                    known_recipes, main_experiment, main_table, paper_notebooks)
+                                    main_experiment, main_table, paper_notebooks)
 from .data import Dataset, Labels, Sample, open_dataset, palette
 from .evaluation import segment
 from .explain import Atlas, read_atlas
 from .interpretability import used_prototypes
 from .model import Model, load_model, pick_device, read_config
 from .notebooks import NotebookFailed, _read_notebook, run_cells
-from .recipes import Recipe, experiments, find_recipe, recipes_of
+from .recipes import Recipe, experiments, find_recipe, known_recipes, recipes_of
 from .records import COLUMNS, RECORDED, Finished, collect, finished, finished_stage, read_record, rows_of, stage_facts, verified, verify
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .basics import Interrupted, lookup
-from .recipes import Recipe, experiments, recipes_of
+from .recipes import Recipe, known_recipes, recipes_of
 from .runs import run_folder
 from .model import pick_device
 from .training import stopping
@@ -50,7 +50,7 @@ def trainings(experiment: str, methods: Iterable[str] = (),  # as `scaleprotoseg
               seeds: Iterable[int] = (),                     # none: those of the recipes
              ) -> list[Training]:
     "The trainings of an experiment in their order, with what they start from. KeyError (with the nearest name) for unknown names."
-    known = {r.name.split('/')[1]: r for r in lookup({e: recipes_of(e) for e in experiments()}, experiment, 'experiment')}
+    known = {r.name.split('/')[1]: r for r in known_recipes(experiment)}
     asked = {lookup(known, m, f'method of experiment {experiment!r}').name for m in methods} or {r.name for r in known.values()}
     while more := {n.split(' ')[0] for r in known.values() if r.name in asked for n in Training(r, 0).waits_for} - asked: asked |= more
     chosen, seeds = [r for r in known.values() if r.name in asked], dict.fromkeys(seeds)
