@@ -59,8 +59,9 @@ class Dice:
 
 # %% ../nbs/01_partscapes.ipynb #cell-13
 @cache
-def noise_tile(size: int = 256) -> np.ndarray:    # (size, size) int64, 0..255, wraps around
+def noise_tile() -> np.ndarray:    # (256, 256) int64, 0..255, wraps around
     "Value noise of two octaves."
+    size = 256
     dice, t = Dice('partscapes', 'tile'), np.arange(size, dtype=np.int64)
     total = 0
     for cell, weight in (16, 5), (4, 3):

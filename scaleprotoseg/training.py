@@ -413,7 +413,7 @@ READ_EVERY = 10      # updates between two looks at an accelerator's numbers: ea
 def train_stage(job: Job, model: Model) -> dict:
     "Minimise the stage's losses; saves what is needed to continue every minute, before a validation (which a stop ends without a result) and when asked to stop."
     train, position = job.stage.train, {'step': 0, 'best': -1., 'seconds': 0., 'sessions': []}
-    model.to(job.fabric.device).train_only_(train.lr, train.batch_norm)
+    model.to(job.fabric.device)
     source = _frozen_views(job, model) if train.views else \
         StepBatches(job.data('train'), job.recipe.data, _fill(model), job.seed, job.stage.name)
     if train.batch_norm and job.world > 1: torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
