@@ -539,8 +539,11 @@ def save_table(table: pd.DataFrame,
                path: str | Path,        # without ending
                caption: str,
               ) -> pd.DataFrame:        # as it was written, for display
-    "Write `path.csv`, `path.md` and `path.tex` (a booktabs table)."
+    """Write `path.csv`, `path.md` and `path.tex` (a booktabs table).
+
+    FileNotFoundError if a table without a single run would replace one that has some."""
     path, text = Path(path), shown(table)
+    _check_replaced(table, _with_ending(path, '.csv'))
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [list(text), ['---'] * len(text.columns), *text.values.tolist()]
     rows = ['| ' + ' | '.join(x.replace('|', r'\|') for x in line) + ' |' for line in lines]
@@ -549,6 +552,14 @@ def save_table(table: pd.DataFrame,
     replace_file(_with_ending(path, '.md'), lambda p: p.write_text(markdown, encoding='utf-8'))
     replace_file(_with_ending(path, '.tex'), lambda p: p.write_text(_latex(text, caption), encoding='utf-8'))
     return text
+
+def _check_replaced(table: pd.DataFrame, there: Path):
+    import pandas as pd
+    if not there.is_file(): return
+    before, some = pd.read_csv(there), lambda t, of: of in t and pd.to_numeric(t[of], errors='coerce').sum() > 0
+    for of in {'runs', 'pairs'} & set(table):
+        if some(before, of) and not some(table, of):
+            raise FileNotFoundError(f'nothing of it has been run here, and {there} is kept: it holds earlier runs. Train first, read with recorded="data/recorded", or write to another folder')
 
 _TEX = {'—': '--', '−': '$-$', 'τ': r'$\tau$', 'λ': r'$\lambda$', 'σ': r'$\sigma$', 'θ': r'$\theta$', '→': r'$\to$', '≥': r'$\ge$', '×': r'$\times$'}
 

@@ -493,3 +493,15 @@ def test_pictures_of_an_earlier_run_do_not_stand_beside_new_tables(tmp_path, cap
     assert {p.name for p in tmp_path.glob('*.png')} == {'figure_04_b.png', 'figure_04_c.png', 'figure_041.png'} and (tmp_path / 'figure_04.ipynb').is_file()
     with pytest.raises(RuntimeError), report.without_leftovers(tmp_path, 'figure_04'): raise RuntimeError('failed')
     assert (tmp_path / 'figure_04_c.pdf').is_file()                                    # nothing is lost by a failure
+
+
+def test_a_table_without_runs_does_not_replace_one_that_has_some(tmp_path):
+    import pandas as pd
+    table = lambda *runs: pd.DataFrame({'method': list('abc')[:len(runs)], 'runs': runs}, dtype=object)
+    save_table(table(0, 0), tmp_path / 't', 'first')
+    save_table(table(3, 0), tmp_path / 't', 'some')
+    save_table(table(0, 2), tmp_path / 't', 'others')
+    before = (tmp_path / 't.csv').read_bytes()
+    for empty in (table(0, 0), table()):
+        with pytest.raises(FileNotFoundError, match=r't\.csv is kept'): save_table(empty, tmp_path / 't', 'none')
+    assert (tmp_path / 't.csv').read_bytes() == before
