@@ -173,6 +173,7 @@ def predict(run: Annotated[Path, typer.Argument(help='Folder of a finished stage
     "Segment an image of any size; what is to be recognised should be about as large as in the training images."
     import numpy as np
     from scaleprotoseg.predict import load
+    if ids and ids.absolute() == output.absolute(): raise ValueError(f'{ids} is --output too; choose another name for --ids')
     for path in (output, ids):
         if path: _check_output(path, image, '.png'); _check_ours(path)
     model = load(run, device=device)
