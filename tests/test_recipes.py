@@ -113,7 +113,3 @@ def test_balance_after_projection_leaves_what_comes_before_alone():
 def test_a_misspelled_part_of_a_model_is_not_passed_over():
     with pytest.raises(KeyError, match="unknown part of the model of smoke/linear 'chanels'; did you mean 'channels'"):
         changed(find_recipe('smoke', 'linear'), '', {'chanels': 3})
-
-
-def test_recipes_cannot_be_added_twice():
-    with pytest.raises(ValueError, match='already a recipe'): recipes.add_recipes(find_recipe('smoke', 'protoseg'))
