@@ -164,8 +164,9 @@ def faithful(experiment: str) -> list[Recipe]:
 
 def collect_published(runs: str | Path, experiment: str, recorded: str | Path = '') -> pd.DataFrame:
     "What `collect` finds of an experiment, and of its `faithful` recipes: what may stand beside published numbers."
-    named = [r.experiment for r in faithful(experiment)]
-    return rows_of(f for e in (experiment, *named) for f in finished(runs, e, recorded=recorded) if e == experiment or f.recipe in faithful(experiment))
+    also = faithful(experiment)
+    there = [f for e in {r.experiment for r in also} for f in finished(runs, e, recorded=recorded) if f.recipe in also]
+    return rows_of([*finished(runs, experiment, recorded=recorded), *there])
 
 def published_references(recipe: Recipe) -> list[dict]:
     "On what data the published numbers to show beside a recipe were measured: arguments of `compare`, one set for each."

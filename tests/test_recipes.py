@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from scaleprotoseg import recipes
 from scaleprotoseg.data import DATASETS
 from scaleprotoseg.recipes import RECIPES, Stage, Train, changed, chosen, find_recipe
 from scaleprotoseg.training import KINDS, OPTIMIZERS
