@@ -708,7 +708,8 @@ def check_begun(job: Job):
     made = read_json(job.folder / 'provenance.json').get('begun')
     if not made: return                                             # older than this record of it
     try: model, _ = start_model(job, job.data('val').labels)
-    except FileNotFoundError as e: return print(f'{job.folder}: finished earlier, what it began with was not looked at ({e})', file=sys.stderr)
+    except (OSError, ImportError) as e:                             # images, a stage before or weights to download are not here, nor the package they come with
+        return print(f'{job.folder}: finished earlier, what it began with was not looked at ({e})', file=sys.stderr)
     if weights_digest(model) != made:
         raise ValueError(f'{job.folder} did not begin with the weights that {job.parent or job.start or "its backbone"} has now; remove it, and what follows it, to train it again')
 

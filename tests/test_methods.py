@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_datasets import MINIATURES
 
-from scaleprotoseg import recipes
+from scaleprotoseg import recipes, training
 from scaleprotoseg.basics import read_json
 from scaleprotoseg.data import rng
 from scaleprotoseg.losses import lovasz
@@ -218,7 +218,7 @@ def test_dropout_is_drawn_by_seed_and_step(tmp_path, monkeypatch):
     assert first.read_bytes() == again.read_bytes() != other.read_bytes()
 
 
-def test_a_stage_is_tied_to_the_weights_it_began_with(tmp_path, monkeypatch):
+def test_a_stage_is_tied_to_the_weights_it_began_with(tmp_path, monkeypatch, capsys):
     """Its parent trained again (here: with another precision) is another training, for what is finished and for what would be taken over."""
     recipe = find_recipe('smoke', 'pretrain')
     two = replace(recipe, method='two', stages=(recipe.last, replace(recipe.last, name='more', parent='joint')))
@@ -231,6 +231,11 @@ def test_a_stage_is_tied_to_the_weights_it_began_with(tmp_path, monkeypatch):
     shutil.rmtree(first)
     run_stage('smoke', 'two', 'joint', out=tmp_path, device='cpu')
     assert run_stage('smoke', 'two', 'more', out=tmp_path, device='cpu') == second                     # the same weights again
+    for absent in (ImportError('no package with weights'), OSError('no network')):                    # then it stands as it is
+        def fail(*a, absent=absent): raise absent
+        with monkeypatch.context() as patch:
+            patch.setattr(training, 'start_model', fail)
+            assert run_stage('smoke', 'two', 'more', out=tmp_path, device='cpu') == second and str(absent) in capsys.readouterr().err
     shutil.rmtree(first)
     run_stage('smoke', 'two', 'joint', out=tmp_path, device='cpu', precision='64-true')
     with pytest.raises(ValueError, match=f'{second} did not begin with the weights that {first} has now; remove it'): run_stage('smoke', 'two', 'more', out=tmp_path, device='cpu')
