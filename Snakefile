@@ -4,7 +4,8 @@ from shlex import quote
 
 from scaleprotoseg.contents import paper_notebooks
 from scaleprotoseg.notebooks import notebook_parameters
-from scaleprotoseg.recipes import find_recipe, recipes_of
+from scaleprotoseg.recipes import recipes_of
+from scaleprotoseg.schedule import Training
 
 EXPERIMENT = config.get("experiment", "demo")
 DATA_ROOT = config.get("data_root", "")
@@ -23,9 +24,7 @@ def marker(recipe, seed):
 
 
 def start(w):
-    recipe = RECIPES[w.method]
-    before = [find_recipe(EXPERIMENT, recipe.init)] if recipe.init else []
-    return [marker(r, w.seed) for r in [*before, recipe.judged()] if r]
+    return [marker(t.recipe, t.seed) for t in Training(RECIPES[w.method], int(w.seed)).before]
 
 
 MARKERS = [marker(r, seed) for r in RECIPES.values() for seed in r.seeds]

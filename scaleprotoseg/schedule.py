@@ -34,11 +34,14 @@ class Training:
     def name(self) -> str: return f'{self.recipe.name} seed {self.seed}'
 
     @property
-    def waits_for(self) -> set[str]:
-        "Names of the trainings that come before it, whether or not they are asked for."
+    def before(self) -> list['Training']:
+        "Those that come before it, whether or not they are asked for."
         r, same = self.recipe, {x.name.split('/')[1]: x for x in recipes_of(self.recipe.experiment)}
-        before = [same.get(r.init), r.judged(), same.get(r.method) if r.variant else None]
-        return {Training(x, self.seed).name for x in before if x}
+        found = [same.get(r.init), r.judged(), same.get(r.method) if r.variant else None]
+        return list({x.name: Training(x, self.seed) for x in found if x}.values())
+
+    @property
+    def waits_for(self) -> set[str]: return {t.name for t in self.before}
 
     def arguments(self) -> list[str]:
         "Of `scaleprotoseg run`."

@@ -12,6 +12,7 @@ import yaml
 from stand_ins import COMMANDS
 
 from scaleprotoseg.recipes import find_recipe, recipes_of
+from scaleprotoseg.schedule import trainings
 
 ROOT = Path(__file__).parents[1]
 PROFILES = {p.parent.name: yaml.safe_load(p.read_text()) for p in sorted((ROOT / 'profiles').glob('*/config.yaml'))}
@@ -52,6 +53,15 @@ def test_a_profile_names_only_what_there_is(name):
 def test_the_clusters_differ_only_in_how_jobs_are_submitted():
     slurm, kubernetes = ({k: v for k, v in p.items() if not k.startswith(('executor', 'cluster-generic-'))} for p in PROFILES.values())
     assert slurm == kubernetes
+
+
+def test_a_job_waits_for_the_trainings_that_share_its_first_stages():
+    said = snakemake('--dry-run', '--forceall', '--cores', '1', '--config', 'experiment=smoke', '--', 'trained')
+    name = lambda path: path.split('/')[2]
+    jobs = {name(made): {name(p) for p in before.split(', ') if p} for before, made in
+            re.findall(r'^rule train:\n(?:    input: (.+)\n)?    output: (.+)$', said, re.M)}
+    assert jobs == {t.recipe.name.split('/')[1]: {b.recipe.name.split('/')[1] for b in t.before} for t in trainings('smoke')}
+    assert jobs['scaleprotoseg-veto'] == {'pretrain', 'scaleprotoseg'} and not jobs['pretrain']
 
 
 @pytest.mark.parametrize('experiment, target, data_root', [('em', 'trained', '/data'), ('pascal-ablations', 'all', '')])
