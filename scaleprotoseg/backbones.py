@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_STD', 'BACKBONES', 'multi_scale', 'Backbone', 'ASPP', 'register_backbone', 'build_backbone', 'deeplabv2',
-           'unet', 'timm_backbone', 'LevelHead', 'hrnet', 'segformer', 'freeze_batch_norm_']
+           'unet', 'timm_backbone', 'ChannelNorm', 'LevelHead', 'hrnet', 'segformer', 'freeze_batch_norm_']
 
 # %% ../nbs/03_backbones.ipynb #cell-03
 import inspect
@@ -215,13 +215,17 @@ def timm_backbone(arch: str='tf_efficientnet_lite0',          # of timm.list_mod
                     mean=trained['mean'] if mean is None else mean, std=trained['std'] if std is None else std)
 
 # %% ../nbs/03_backbones.ipynb #cell-levels-1
+class ChannelNorm(nn.LayerNorm):
+    "Layer norm over channels, position by position: (B, D, h, w) -> the same shape (\"feature norm\" of the prototype view's program, its spec 1.3)."
+    def forward(self, x: Tensor) -> Tensor: return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
 class LevelHead(nn.Module):
     """Maps of several strides to features on the finest grid: [(B, D_i, h_i, w_i)] -> (B, S, D, h, w).
 
     `scales == 1`: all maps (projected to `width` channels each if that is given), mixed by a `kernel`×`kernel` convolution, batch norm, ReLU and
     dropout of whole channels, then brought to `channels` by a 1×1 convolution unless they are as many already.
-    `scales == len(widths)`: a 1×1 convolution of each map. Enlarging is bilinear with `align_corners=False`."""
-    def __init__(self, widths: Sequence[int], channels: int=64, scales: int=1, width: int|None=None, kernel: int=1, dropout: float=0.1):
+    `scales == len(widths)`: a 1×1 convolution of each map. Enlarging is bilinear with `align_corners=False`. `norm` ends with a `ChannelNorm`."""
+    def __init__(self, widths: Sequence[int], channels: int=64, scales: int=1, width: int|None=None, kernel: int=1, dropout: float=0.1, norm: bool=False):
         super().__init__()
         if scales not in (1, len(widths)): raise ValueError(f'scales={scales} with {len(widths)} levels: choose {len(widths)} (one per level) or 1 (all together)')
         each = channels if scales > 1 else width
@@ -230,16 +234,18 @@ class LevelHead(nn.Module):
         self.mix = nn.Identity() if scales > 1 else nn.Sequential(
             nn.Conv2d(len(widths) * width if width else total, total, kernel, padding=kernel // 2), nn.BatchNorm2d(total), nn.ReLU(inplace=True),
             nn.Dropout2d(dropout), nn.Identity() if channels == total else nn.Conv2d(total, channels, 1))
+        self.norm = ChannelNorm(channels) if norm else nn.Identity()
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         maps, size = [f(m) for f, m in zip(self.project, maps, strict=True)], maps[0].shape[-2:]
         maps = [maps[0], *(F.interpolate(m, size, mode='bilinear', align_corners=False) for m in maps[1:])]
-        return torch.stack(maps, 1) if self.scales > 1 else self.mix(torch.cat(maps, 1))[:, None]
+        return torch.stack([self.norm(m) for m in (maps if self.scales > 1 else [self.mix(torch.cat(maps, 1))])], 1)
 
 @register_backbone('hrnet')
 def hrnet(arch: str='hrnet_w48',                       # of timm
           scales: int=1,                               # 4: one per level
           channels: int=720,                           # D
+          norm: bool=False,                            # end with a layer norm over channels, as embeddings of the prototype view
           weights: str|Path|None=None,                 # None: random; a file; 'pretrained': timm's download
           inputs: Sequence[float]=(),                  # sizes of further copies of the image, see `multi_scale`
           mean: Sequence[float]=IMAGENET_MEAN, std: Sequence[float]=IMAGENET_STD
@@ -247,20 +253,21 @@ def hrnet(arch: str='hrnet_w48',                       # of timm
     "HRNetV2 and the neck of the prototype view (its spec 1.3); errors as of `timm_backbone`."
     levels, widths = hrnet_levels(arch)
     if weights is not None: load_timm_(levels, arch, timm_weights(arch, weights), weights)
-    return Backbone(levels, LevelHead(widths, channels, scales, kernel=3), channels=channels, stride=4, inputs=inputs, mean=mean, std=std)
+    return Backbone(levels, LevelHead(widths, channels, scales, kernel=3, norm=norm), channels=channels, stride=4, inputs=inputs, mean=mean, std=std)
 
 @register_backbone('segformer')
 def segformer(arch: str='b0',                          # b0 … b5
               scales: int=1,                           # 4: one per level
               channels: int=256,                       # D
               width: int=256,                          # of the MLP head; published: 256 for B0 and B1, 768 for larger ones
+              norm: bool=False,                        # end with a layer norm over channels, as embeddings of the prototype view
               weights: str|Path|None=None,             # None: random; a folder of transformers; 'pretrained': download
               inputs: Sequence[float]=(),              # sizes of further copies of the image, see `multi_scale`
               mean: Sequence[float]=IMAGENET_MEAN, std: Sequence[float]=IMAGENET_STD
              ) -> Backbone:                            # stride 4
     "SegFormer (Xie et al. 2021): its encoder and MLP head; errors of `segformer_levels`."
     levels, widths = segformer_levels(arch, weights)
-    return Backbone(levels, LevelHead(widths, channels, scales, width), channels=channels, stride=4, inputs=inputs, mean=mean, std=std)
+    return Backbone(levels, LevelHead(widths, channels, scales, width, norm=norm), channels=channels, stride=4, inputs=inputs, mean=mean, std=std)
 
 # %% ../nbs/03_backbones.ipynb #cell-39
 def freeze_batch_norm_(module: nn.Module) -> nn.Module:    # the same `module`

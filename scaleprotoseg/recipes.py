@@ -637,7 +637,8 @@ def view_recipes(experiment: str, box: str,    # what the parametric method is c
                  data: Data, backbone: Mapping, channels: int, plain: Train) -> list[Recipe]:
     "A parametric network, the prototype view on the same backbone and schedule, and its controls."
     net = dict(backbone=dict(backbone), scales=1, channels=channels)
-    view = Recipe(experiment, 'prototype_view', data, {**net, **COSINE, 'per_class': 10}, prototype_view(plain))
+    embedding = {**net, 'backbone': {**backbone, 'norm': True}}
+    view = Recipe(experiment, 'prototype_view', data, {**embedding, **COSINE, 'per_class': 10}, prototype_view(plain))
     return [Recipe(experiment, box, data, {**net, 'activation': 'none'}, blackbox(plain, 'direct')), view,
             changed(view, 'k1', {'per_class': 1}), changed(view, 'legacy', legacy_draw=True)]
 
