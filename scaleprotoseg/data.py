@@ -30,8 +30,8 @@ from .basics import lookup
 
 # %% auto #0
 __all__ = ['DATASETS', 'palette', 'Labels', 'in_unit', 'Sample', 'Dataset', 'read_ahead', 'register_dataset', 'open_dataset',
-           'rng', 'image_to_tensor', 'read_pixels', 'read_image', 'read_label', 'read_pair', 'Folder', 'em_validation',
-           'EM', 'fingerprint', 'files_state', 'files_digest', 'check_dataset', 'shared_images']
+           'fixed_labels', 'rng', 'image_to_tensor', 'read_pixels', 'read_image', 'read_label', 'read_pair', 'Folder',
+           'em_validation', 'EM', 'fingerprint', 'files_state', 'files_digest', 'check_dataset', 'shared_images']
 
 # %% ../nbs/00_data.ipynb #cell-05
 _OKABE_ITO = ((0, 114, 178), (230, 159, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (213, 94, 0),
@@ -165,6 +165,11 @@ def open_dataset(name: str, split: str,
     if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         for option in options: lookup(takes, option, f'option of dataset {name!r}')
     return build(split, root=root and Path(root).expanduser(), **options)
+
+def fixed_labels(name: str) -> Labels:
+    "The classes of a registered dataset that has the same whatever its files say. KeyError (with the nearest name) for others."
+    known = {k: v.labels for k, v in DATASETS.items() if isinstance(getattr(v, 'labels', None), Labels)}
+    return lookup(known, name, 'dataset with fixed classes')
 
 # %% ../nbs/00_data.ipynb #cell-20
 def rng(*keys: str | int  # the order and the type of the keys matter: 1 is not '1'

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from . import datasets as _datasets  # noqa: F401, makes the datasets known
 from .basics import lookup, write_json
-from .data import DATASETS, Labels, palette
+from .data import Labels, fixed_labels, palette
 from .model import Model, build_model, load_weights, save_model
 from .projection import save_sheet
 from .training import prototype_counts
@@ -580,9 +580,7 @@ def _check_rest(found: Contents, head: Head, taken: Iterable[str], names):
 def find_labels(labels: str | Labels | Sequence[str] | None,  # a dataset's name, classes, their names, or None: 'class 0', …
                 classes: int) -> Labels:
     "The classes of a model. KeyError for an unknown dataset, ValueError for another number of classes."
-    if isinstance(labels, str):
-        known = {k: v.labels for k, v in DATASETS.items() if isinstance(getattr(v, 'labels', None), Labels)}
-        labels = lookup(known, labels, 'dataset with fixed classes')
+    if isinstance(labels, str): labels = fixed_labels(labels)
     if not isinstance(labels, Labels):
         names = [f'class {c}' for c in range(classes)] if labels is None else list(labels)
         labels = Labels(tuple(names), palette(len(names)))

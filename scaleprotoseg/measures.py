@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from .basics import lookup, read_json, write_json
 from .contents import HELD_OUT, PARTS
-from .data import fingerprint
+from .data import Labels, fingerprint, fixed_labels, palette
 from .evaluation import evaluate
 from .health import score_health, summary
 from .interpretability import PartScores, PartTest, score_parts, sparsity, used_prototypes
 from .metrics import average_weight, extra_parameters
-from .model import Model
+from .model import Model, build_model
 from .protocols import Evaluation
 from .recipes import Recipe, known_recipes
 from .report import (BETTER, LAST, Case, Claim, Run, claims, claims_runs, compare, compared, find_published, open_run,
@@ -27,16 +29,16 @@ from .report import (BETTER, LAST, Case, Claim, Run, claims, claims_runs, compar
 from .records import finished_seeds, metrics_digest, read_record, stage_key
 from .runs import commit, device_name, run_folder
 from .scales import spread
-from .training import results
+from .training import model_config, results
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
 __all__ = ['METRICS', 'CONTROLS', 'FACTS', 'HEALTH_FACTS', 'Metric', 'prototype_cases', 'family_recipes', 'family_cases',
-           'last_layer_facts', 'finished_runs', 'measure_runs', 'measured_table', 'printed', 'part_scores',
-           'prototype_facts', 'health_of_runs', 'family_table', 'held_out_claims', 'held_out_scores', 'held_out',
-           'held_out_table']
+           'last_layer_facts', 'parameter_counts', 'parameter_table', 'finished_runs', 'measure_runs', 'measured_table',
+           'printed', 'part_scores', 'prototype_facts', 'health_of_runs', 'family_table', 'held_out_claims',
+           'held_out_scores', 'held_out', 'held_out_table']
 
 # %% ../nbs/16_measures.ipynb #cell-05
 @dataclass(frozen=True)
@@ -77,6 +79,25 @@ def last_layer_facts(model: Model) -> dict[str, float | str]:
     return {'average_weight': average_weight(head.last.detach(), head.evidence(alive)),
             'extra_parameters': extra_parameters(alive.shape[1], int(used_prototypes(model).sum()),
                                                  channels=model.prototypes.vectors.shape[-1], **counts)}
+
+# %% ../nbs/16_measures.ipynb #cell-size-1
+def parameter_counts(recipe: Recipe) -> dict[str, float]:
+    """Millions of numbers of the network that a recipe reports: `learned` by gradients, and `stored` as prototypes that follow their pixels.
+
+    The network is not filled with numbers. KeyError for a dataset whose classes only its files say."""
+    n = recipe.data.splits['train'].get('classes')
+    labels = Labels(tuple(map(str, range(n))), palette(n)) if n else fixed_labels(recipe.data.dataset)
+    with torch.device('meta'): model = build_model(model_config(recipe, recipe.reported, labels))
+    millions = lambda tensors: sum(t.numel() for t in tensors) / 1e6
+    return {'learned': millions(model.parameters()), 'stored': millions(b for name, b in model.named_buffers() if name == 'prototypes.vectors')}
+
+def parameter_table(recipes: Iterable[Recipe], reference: pd.DataFrame) -> pd.DataFrame:  # of `published`
+    "A row per recipe: `parameter_counts`, and the published number of its method where the recipe is the published one."
+    import pandas as pd
+    theirs = lambda r: find_published(reference, 'parameters_million', method=r.method).get('value')
+    rows = [{'method': r.method, 'variant': r.variant, **parameter_counts(r), 'published': theirs(r) if published_references(r)[0]['same_schedule'] else None}
+            for r in recipes]
+    return pd.DataFrame(rows, columns=['method', 'variant', 'learned', 'stored', 'published'], dtype=object)
 
 # %% ../nbs/16_measures.ipynb #cell-10
 def finished_runs(runs: str | Path, cases: Iterable[Case], device: str = 'auto') -> Iterator[tuple[dict, Run]]:

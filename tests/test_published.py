@@ -253,3 +253,14 @@ def test_words(numbers):
         for m in ('protoseg', 'scaleprotoseg'):
             assert numbers[d, m, '', 'data', 'split_train'] == train and numbers[d, m, '', 'data', 'split_push'] == 'train'
             assert numbers[d, m, '', 'model', 'inputs'] == inputs
+
+
+@pytest.mark.parametrize('experiment, table, classifier', [('ade20k-segformer', 'prototype_view_supplement_table_02', 0),
+                                                          ('cityscapes-segformer', 'prototype_view_supplement_table_01', 131)])
+def test_the_networks_of_the_prototype_view_are_as_large_as_published(experiment, table, classifier):
+    """SegFormer-B5's published count is of 150 classes, Cityscapes has 19: 131 more rows of 768 weights and a bias."""
+    from scaleprotoseg.measures import parameter_table
+    from scaleprotoseg.report import compared, published
+    box, view = parameter_table(compared(experiment), published(table).assign(setting='')).to_dict('records')
+    assert round(box['learned'] + classifier * 769 / 1e6, 1) == box['published'] and round(view['learned'], 1) == view['published']
+    assert box['stored'] == 0 < view['stored'] and view['learned'] < box['learned']
