@@ -485,7 +485,7 @@ def _follow(job, model, outputs, labels, keys):
 def _update(job, model, wrapped, parts, step):
     """Gradients of one update, as of one large batch; prototypes that follow their pixels move.
 
-    Returns its losses, and under `stop` how many processes were asked to stop."""
+    Returns its losses; `cosine`, see `most_alike`; of prototypes that follow, the share that `moved`; and under `stop` how many processes were asked to."""
     fabric, train, whole, total, sums = job.fabric, job.stage.train, None, {}, 0.
     want = ('distances',) * bool(train.diversity) + ('features', 'similarities') * bool(train.momentum)
     forward = (lambda x: [wrapped.score_similarities(x, want)]) if train.views else (lambda x: wrapped.outputs(x, want))
@@ -503,6 +503,7 @@ def _update(job, model, wrapped, parts, step):
     if train.momentum:
         sums = fabric.all_reduce(sums, reduce_op='sum')
         follow_(model.prototypes.vectors.view(len(sums), -1), sums[:, :-1], sums[:, -1], train.momentum)
+        total['moved'] = (sums[:, -1] > 0).sum() / model.prototypes.alive.sum() / job.world      # a dead one is assigned nothing
     if train.momentum or 'prototypes' in train.lr: total['cosine'] = most_alike(model.prototypes) / job.world
     total['stop'] = whole.new_full((), float(bool(job.stop())), dtype=torch.float32)       # made on the device: nothing waits for it
     return dict(zip(total, fabric.all_reduce(torch.stack([v.float() for v in total.values()]), reduce_op='sum')))

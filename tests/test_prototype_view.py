@@ -1,9 +1,9 @@
 """The prototype view in the contract of the other methods: what decides, what explains, what moves, what is saved."""
-import csv
 import warnings
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,24 +92,26 @@ def test_saved_and_loaded_is_the_same(model, out, tmp_path):
 
 
 def joint(monkeypatch, folder, variant, **changes):
-    """`smoke`'s joint stage with something changed, from a fresh trunk; the cosines of its log, and its prototypes."""
+    """`smoke`'s joint stage with something changed, from a fresh trunk; its log, and its prototypes."""
     recipe = replace(changed(find_recipe('smoke', 'prototype_view'), variant, **changes), init=None)
     monkeypatch.setitem(recipes.RECIPES, recipe.name, recipe)
     done = run_stage('smoke', 'prototype_view', 'joint', variant=variant, out=folder, device='cpu')
-    return [float(r['cosine']) for r in csv.DictReader((done / 'log.csv').open())], load_model(done).prototypes.vectors
+    return pd.read_csv(done / 'log.csv'), load_model(done).prototypes.vectors
 
 
 def test_one_prototype_per_class_trains(monkeypatch, tmp_path):
-    cosine, vectors = joint(monkeypatch, tmp_path, 'k1', model={'per_class': 1})
-    assert set(cosine) == {-1.} and vectors.shape[2] == 1 and vectors.isfinite().all()
+    log, vectors = joint(monkeypatch, tmp_path, 'k1', model={'per_class': 1})
+    assert set(log.cosine) == {-1.} and vectors.shape[2] == 1 and vectors.isfinite().all()
+    classes = vectors.shape[1]
+    assert all(abs(x * classes - round(x * classes)) < 1e-4 for x in log.moved) and 0 < log.moved.max() <= 1      # classes with a correct pixel
 
 
 def test_prototypes_move_and_a_collapse_is_said_once(monkeypatch, tmp_path):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('default')
-        cosine, vectors = joint(monkeypatch, tmp_path, 'legacy', legacy_draw=in_stage('joint', True), momentum=in_stage('joint', .01))
+        log, vectors = joint(monkeypatch, tmp_path, 'legacy', legacy_draw=in_stage('joint', True), momentum=in_stage('joint', .01))
         still, _ = joint(monkeypatch, tmp_path, 'still', momentum=in_stage('joint', .9999))
-    assert cosine[-1] > COLLAPSED > still[-1]                       # drawn at random, all get the mean of their class
+    assert log.cosine.iloc[-1] > COLLAPSED > still.cosine.iloc[-1]                       # drawn at random, all get the mean of their class
     assert [str(w.message) for w in said if 'collapsing' in str(w.message)] == [
         f'{tmp_path / "smoke/prototype_view-legacy/seed0/joint"}: prototypes of a class are collapsing into one, so that more of them say no more '
         f'(mean cosine above {COLLAPSED}, see log.csv)']
