@@ -16,7 +16,7 @@ import torch
 
 from .basics import lookup, read_json, write_json
 from .contents import HELD_OUT, PARTS
-from .data import Labels, fingerprint, fixed_labels, palette
+from .data import Labels, files_digest, fingerprint, fixed_labels, palette
 from .evaluation import evaluate
 from .health import score_health, summary
 from .interpretability import PartScores, PartTest, score_parts, sparsity, used_prototypes
@@ -218,7 +218,7 @@ def held_out_claims(experiment: str) -> list[Claim]:
     return [c for c in claims(experiment) if c.this.recipe.variant in ('', *BETTER, *LAST) and c.this.stage != 'project']
 
 def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, data_root: str | Path = '', device: str = 'auto') -> dict:
-    """The scores of `metrics.json` on `HELD_OUT` images; how many these are and their fingerprint; digest of the stage's results, device and commit.
+    """The scores of `metrics.json` on `HELD_OUT` images; how many these are, their fingerprint and the digest of their files; digest of the stage's results, device and commit.
 
     Measured once for the same results, then kept in the folder of the stage. UnknownName for a dataset without such images, FileNotFoundError if the
     stage is not finished, or without its weights or the images."""
@@ -229,7 +229,7 @@ def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, dat
     run = open_run(runs, recipe.experiment, recipe.method, recipe.variant, seed, stage, device)
     data, place = run.split('val', data_root, **options), next(run.model.parameters()).device
     counts = evaluate(run.model, data, place, recipe.data.evaluation, f'{recipe.name} seed {seed} {stage} held out')
-    found = {**asked, 'images': len(data), 'data': fingerprint(data), 'device': device_name(place), 'commit': commit(), **results(run.model, counts, data.labels)}
+    found = {**asked, 'images': len(data), 'data': fingerprint(data), 'files': files_digest(data), 'device': device_name(place), 'commit': commit(), **results(run.model, counts, data.labels)}
     try: write_json(kept, found)
     except OSError as e: warnings.warn(f'{kept} cannot be written ({e}): it is measured again next time', stacklevel=2)
     return found
@@ -254,10 +254,11 @@ def held_out(runs: str | Path,
         except FileNotFoundError as e:
             print(f'{recipe.name} seed {r.seed} {r.stage} is not measured: {e}')
             continue
-        scores[r.Index] = {'data': f'{recipe.data.dataset}, {s["images"]} {s["split"]} images', 'of': s['data'], **{k: 100 * s[k] for k in ('miou', 'accuracy')}}
+        scores[r.Index] = {'data': f'{recipe.data.dataset}, {s["images"]} {s["split"]} images', 'of': {k: s[k] for k in ('data', 'files') if k in s}, **{k: 100 * s[k] for k in ('miou', 'accuracy')}}
         classes += [{'method': r.method, 'variant': r.variant, 'stage': r.stage, 'seed': r.seed, 'class': c, 'iou': None if x is None else 100 * x}
                     for c, x in s['iou'].items()]
-    if len({s.pop('of') for s in scores.values()}) > 1:
+    seen = [s.pop('of') for s in scores.values()]
+    if any(len({x[k] for x in seen if k in x}) > 1 for k in ('data', 'files')):      # older scores do not know the files
         raise ValueError(f'there are scores on different held-out images ({"; ".join(sorted({s["data"] for s in scores.values()}))}): delete the wrong held_out.json '
                          f'in {runs}{f", or do without {recorded}" if recorded else ""}')
     found = found.loc[list(scores)].assign(val_miou=lambda f: f.miou)

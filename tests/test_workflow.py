@@ -75,8 +75,11 @@ def test_scores_on_held_out_images_are_measured_kept_and_recorded(whole, tmp_pat
     asked = held_out_claims('smoke')
     rows, classes = held_out(runs, collect(runs, 'smoke'), asked)
     assert 'deeplabv2' not in set(rows.method) and {'protoseg', 'scaleprotoseg'} <= set(rows.method) == set(classes.method)
-    kept.write_text(json.dumps(found | {'data': 'other images'}))
-    with pytest.raises(ValueError, match='different held-out images'): held_out(runs, collect(runs, 'smoke'), asked)
+    for changed in ({'data': 'other images'}, {'files': 'of other contents'}):
+        kept.write_text(json.dumps(found | changed))
+        with pytest.raises(ValueError, match='different held-out images'): held_out(runs, collect(runs, 'smoke'), asked)
+    kept.write_text(json.dumps({k: v for k, v in found.items() if k != 'files'}))     # measured before files were looked at
+    assert 'deeplabv2' in set(held_out(runs, collect(runs, 'smoke'), asked)[0].method)
     with pytest.raises(KeyError, match="unknown dataset with held-out images 'em'"): held_out_scores(runs, find_recipe('em-quick', 'unet'), 0, stage)
 
 
