@@ -12,7 +12,7 @@ DATA_ROOT = config.get("data_root", "")
 DEVICE = config.get("device", "auto")
 PRECISION = config.get("precision", "32-true")
 GPU = 0 if DEVICE == "cpu" else 1
-RECIPES = {r.name.split("/")[1]: r for r in recipes_of(EXPERIMENT)}
+RECIPES = {r.short_name: r for r in recipes_of(EXPERIMENT)}
 TIMED = ("scaleprotoseg/table_10", "families/overview")   # they measure speed
 ONLY_CPU = "CUDA_VISIBLE_DEVICES=-1 " if DEVICE == "cpu" else ""
 PAPERS = [f"{paper}/{name}" for paper, name in paper_notebooks(EXPERIMENT)]

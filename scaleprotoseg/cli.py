@@ -80,7 +80,7 @@ def common(own: Annotated[Path | None, typer.Option('--recipes', help='Python fi
 def list_(experiment: Annotated[str, typer.Argument(help='Show the recipes of one experiment.')] = ''):
     "List experiments and methods, or print the recipes of one experiment."
     if not experiment:
-        for name in recipes.experiments(): print(f'{name}: {", ".join(r.name.split("/")[1] for r in recipes.recipes_of(name))}')
+        for name in recipes.experiments(): print(f'{name}: {", ".join(r.short_name for r in recipes.recipes_of(name))}')
         return
     for r in recipes.known_recipes(experiment): print(f'## {r.name}\n\n{r.table()}\n')
 

@@ -61,7 +61,7 @@ class PaperNotebook:
     def lacks(self, experiment: str) -> str:
         "What an experiment would need to have this notebook; '' if it has it."
         recipes = known_recipes(experiment)
-        data, methods = {dataset_key(r) for r in recipes}, {r.name.split('/')[1] for r in recipes}
+        data, methods = {dataset_key(r) for r in recipes}, {r.short_name for r in recipes}
         if self.only and not data & set(self.only): return f'needs {" or ".join(dict.fromkeys(DATA_NAMES[d] for d in self.only))}'
         if data & set(self.without): return 'has its own'
         if is_ablation(experiment) and '-' not in self.needs: return f'in {main_experiment(experiment)}'
@@ -82,7 +82,7 @@ HELD_OUT = {   # datasets that have labelled images beside those that recipes an
 
 def _elsewhere(method: str, experiment: str, data: set[str]) -> str:
     "Another experiment on the same data that has a method or variant, the ablations of this one first."
-    found = [e for e in experiments() if method in {r.name.split('/')[1] for r in recipes_of(e)}
+    found = [e for e in experiments() if method in {r.short_name for r in recipes_of(e)}
              and data & {dataset_key(r) for r in recipes_of(e)}]
     found.sort(key=lambda e: main_experiment(e) != main_experiment(experiment))
     return f'needs {found[0]}' if found else 'not part of it'

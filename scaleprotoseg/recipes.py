@@ -172,7 +172,10 @@ class Recipe:
             raise ValueError(f'{self.name}: views keep one similarity map per image, but input scales have one loss each')
 
     @property
-    def name(self) -> str: return '/'.join([self.experiment, self.method + (f'-{self.variant}' if self.variant else '')])
+    def short_name(self) -> str: return self.method + (f'-{self.variant}' if self.variant else '')
+
+    @property
+    def name(self) -> str: return f'{self.experiment}/{self.short_name}'
 
     @property
     def last(self) -> Stage: return self.stages[-1]
@@ -347,7 +350,7 @@ def find_recipe(experiment: str, method: str, variant: str = '') -> Recipe:
     "A recipe by its names; unknown ones suggest the nearest (KeyError)."
     methods = known_recipes(experiment)
     if vetoes := read_veto(variant): return vetoed(find_recipe(experiment, method), vetoes)     # its name says everything
-    return lookup({r.name.split('/')[1]: r for r in methods}, method + (f'-{variant}' if variant else ''),
+    return lookup({r.short_name: r for r in methods}, method + (f'-{variant}' if variant else ''),
                   f'method of experiment {experiment!r}')
 
 def named_recipe(name: str) -> Recipe | None:

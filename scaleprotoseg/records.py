@@ -30,7 +30,7 @@ __all__ = ['RECORDED', 'COLUMNS', 'NEAR', 'VERDICTS', 'stage_key', 'Finished', '
 # %% ../nbs/15_records.ipynb #cell-05
 def stage_key(recipe: Recipe, seed: int, stage: str) -> str:
     "The name of a stage in its experiment: `protoseg-k1/seed0/joint`."
-    return f'{recipe.name.split("/")[1]}/seed{seed}/{stage}'
+    return f'{recipe.short_name}/seed{seed}/{stage}'
 
 @dataclass(frozen=True)
 class Finished:
@@ -126,7 +126,7 @@ def read_record(experiment: str, recorded: str | Path = RECORDED) -> dict[str, F
     """The recorded stages of an experiment by their key; those that another recipe made than today's are left out with a warning.
 
     Nothing if the experiment has no record. ValueError for a damaged file."""
-    path, recipes = Path(recorded) / f'{experiment}.json', {r.name.split('/')[1]: r for r in known_recipes(experiment)}
+    path, recipes = Path(recorded) / f'{experiment}.json', {r.short_name: r for r in known_recipes(experiment)}
     if not path.is_file(): return {}
     try: found = [_read_line(key, facts, recipes) for key, facts in json.loads(path.read_text()).items()]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -171,7 +171,7 @@ def record(runs: str | Path, experiment: str, recorded: str | Path = RECORDED) -
         elif 'held_out' in f.facts and 'held_out' not in there and _same(f, kept[f.key]): new[f.key] = {**there, 'held_out': f.facts['held_out']}
         if f.key in new and (why := _not_traceable(f)): raise ValueError(f'nothing was recorded: {f.key} {why}')
     if not new: return []
-    recipes = {r.name.split('/')[1]: r for r in known_recipes(experiment)}
+    recipes = {r.short_name: r for r in known_recipes(experiment)}
     written = json.loads(path.read_text()) if path.is_file() else {}
     lines = {k: v for k, v in written.items() if k in kept or not _read_line(k, v, recipes)} | new
     names, stages = list(recipes), lambda name: [s.name for s in recipes[name].stages]

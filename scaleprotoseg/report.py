@@ -874,7 +874,7 @@ def _sections(folder: Path, experiment: str) -> str:
 # %% ../nbs/15_report.ipynb #cell-63
 def _what_was_run(frame: pd.DataFrame, experiment: str, again: pd.DataFrame) -> dict[str, str]:
     "Methods, time, memory and provenance of an experiment, and whether scores are the recorded ones, as text."
-    methods, once = [r.name.split('/')[1] for r in known_recipes(experiment)], distinct(frame)
+    methods, once = [r.short_name for r in known_recipes(experiment)], distinct(frame)
     kept = int(once.recorded.sum())
     done = {f'{m}-{v}' if v else m for m, v in zip(frame.method, frame.variant)}
     memory = {'process': frame.memory_mb.max(), 'accelerator': frame.cuda_mb.max()}

@@ -36,7 +36,7 @@ class Training:
     @property
     def before(self) -> list['Training']:
         "Those that come before it, whether or not they are asked for."
-        r, same = self.recipe, {x.name.split('/')[1]: x for x in recipes_of(self.recipe.experiment)}
+        r, same = self.recipe, {x.short_name: x for x in recipes_of(self.recipe.experiment)}
         found = [same.get(r.init), r.judged(), same.get(r.method) if r.variant else None]
         return list({x.name: Training(x, self.seed) for x in found if x}.values())
 
@@ -53,7 +53,7 @@ def trainings(experiment: str, methods: Iterable[str] = (),  # as `scaleprotoseg
               seeds: Iterable[int] = (),                     # none: those of the recipes
              ) -> list[Training]:
     "The trainings of an experiment in their order, with what they start from. KeyError (with the nearest name) for unknown names."
-    known = {r.name.split('/')[1]: r for r in known_recipes(experiment)}
+    known = {r.short_name: r for r in known_recipes(experiment)}
     asked = {lookup(known, m, f'method of experiment {experiment!r}').name for m in methods} or {r.name for r in known.values()}
     while more := {n.split(' ')[0] for r in known.values() if r.name in asked for n in Training(r, 0).waits_for} - asked: asked |= more
     chosen, seeds = [r for r in known.values() if r.name in asked], dict.fromkeys(seeds)

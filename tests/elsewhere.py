@@ -211,7 +211,7 @@ def train(runs, work):
     "Mistakes and what is none; scores there and here, by method and stage; how using a finished stage failed; a continued training."
     from scaleprotoseg.recipes import recipes_of
     found = {'refused': refusals(), 'allowed': allowed()}
-    found['elsewhere'] = {r.name.split('/')[1]: trained(runs, r.method, DEVICE, r.variant) for r in recipes_of('smoke')}
+    found['elsewhere'] = {r.short_name: trained(runs, r.method, DEVICE, r.variant) for r in recipes_of('smoke')}
     found['here'] = {method: trained(work / 'here', method, 'cpu') for method in ('pretrain', 'linear', 'protoseg', 'scaleprotoseg', 'prototype_view')}
     found['use'] = said(use, runs / 'smoke/scaleprotoseg/seed0/threshold', work)
     shutil.copytree(runs / 'smoke/pretrain', work / 'continued/smoke/pretrain')

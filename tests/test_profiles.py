@@ -60,7 +60,7 @@ def test_a_job_waits_for_the_trainings_that_share_its_first_stages():
     name = lambda path: path.split('/')[2]
     jobs = {name(made): {name(p) for p in before.split(', ') if p} for before, made in
             re.findall(r'^rule train:\n(?:    input: (.+)\n)?    output: (.+)$', said, re.M)}
-    assert jobs == {t.recipe.name.split('/')[1]: {b.recipe.name.split('/')[1] for b in t.before} for t in trainings('smoke')}
+    assert jobs == {t.recipe.short_name: {b.recipe.short_name for b in t.before} for t in trainings('smoke')}
     assert jobs['scaleprotoseg-veto'] == {'pretrain', 'scaleprotoseg'} and not jobs['pretrain']
 
 
@@ -69,7 +69,7 @@ def test_every_method_and_seed_is_a_job_with_limits(tmp_path, experiment, target
     jobs = dry_run(tmp_path, experiment, 'slurm', target, device='cuda', precision='bf16-mixed', data_root=data_root)
     trainings = [j for j in jobs if j[0] == 'train']
     first = [find_recipe(experiment, r.init) for r in recipes_of(experiment) if r.init]      # what they start from
-    expected = {(r.name.split('/')[1], str(seed)) for r in [*recipes_of(experiment), *first] for seed in r.seeds}
+    expected = {(r.short_name, str(seed)) for r in [*recipes_of(experiment), *first] for seed in r.seeds}
     assert {(w['method'], w['seed']) for _, w, *_ in trainings} == expected and len(trainings) == len(expected)
     for _, w, threads, resources, command in trainings:
         assert threads == 8 and resources.items() >= {'gpu': '1', 'mem_mb': '16000', 'runtime': '1440'}.items()
