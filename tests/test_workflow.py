@@ -15,6 +15,7 @@ import pytest
 
 from scaleprotoseg.contents import PAPER_NOTEBOOKS
 from scaleprotoseg.measures import held_out, held_out_claims, held_out_scores
+from scaleprotoseg.model import load_model
 from scaleprotoseg.notebooks import run_notebook
 from scaleprotoseg.recipes import find_recipe, recipes_of
 from scaleprotoseg.records import collect
@@ -157,6 +158,7 @@ def test_results_travel_from_a_host_without_jupyter(whole, tmp_path):
     elsewhere = checkout(tmp_path / 'elsewhere')
     with tarfile.open(tmp_path / 'smoke.tar.gz') as archive: archive.extractall(elsewhere, filter='data')
     assert not list((elsewhere / 'runs').rglob('*backbone*'))
+    with pytest.raises(FileNotFoundError, match='packed results are without backbones'): load_model(elsewhere / 'runs/smoke/protoseg/seed0/project')
     command('report', 'smoke', cwd=elsewhere)
     here, there = ((f / 'figures/smoke/report.html').read_text() for f in (whole, elsewhere))
     assert there.count('<figure>') == here.count('<figure>') > 10 and there.count('<table>') == here.count('<table>')
