@@ -799,7 +799,7 @@ def stopping(max_minutes: float | None):
 # %% ../nbs/12_training.ipynb #cell-31
 # `bf16-mixed` is our own, see `Job.mixed`: Fabric's would reach other stages, and with one process none, since it wraps `forward` alone.
 # float16 would need a loss scaler that a resumed run continues with.
-PRECISIONS = {'32-true': '32-true', 'bf16-mixed': '32-true', '64-true': '64-true'}   # what Fabric is told
+PRECISIONS = ('32-true', 'bf16-mixed', '64-true')
 
 def processes(devices: int = 0) -> tuple[int, int]:  # per machine, machines
     "How many processes train together: `devices` on this machine, or if 0 as torchrun or Slurm started this one, else one. ValueError below 0."
@@ -811,6 +811,13 @@ def processes(devices: int = 0) -> tuple[int, int]:  # per machine, machines
     else: return 1, 1
     return each, total // each
 
+def _precision_plugin(precision):
+    "For Fabric. Its own for float64 hands on what a network gives as float32, where several processes train."
+    from lightning.fabric.plugins.precision import DoublePrecision, Precision
+    class Double(DoublePrecision):
+        def convert_output(self, data): return data
+    return Double() if precision == '64-true' else Precision()         # mixed: `Job.mixed` says where
+
 @lru_cache(maxsize=4)      # processes meet once, not once per stage
 def make_fabric(device: str, precision: str, devices: int = 0):
     """Lightning Fabric on one device, or on several by `DistributedDataParallel`, see `processes`.
@@ -820,14 +827,14 @@ def make_fabric(device: str, precision: str, devices: int = 0):
     from lightning.fabric.strategies import DDPStrategy
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     if precision not in PRECISIONS: raise ValueError(f'cannot use device {device!r} with precision {precision!r}; known: {", ".join(PRECISIONS)}')
-    place, (each, machines), told = pick_device(device), processes(devices), PRECISIONS[precision]
+    place, (each, machines), told = pick_device(device), processes(devices), _precision_plugin(precision)
     try:
         if precision == 'bf16-mixed': torch.autocast(place.type, torch.bfloat16)      # raises where there is none
-        if each * machines == 1: return Fabric(accelerator=place.type, devices=1 if place.index is None else [place.index], precision=told)
+        if each * machines == 1: return Fabric(accelerator=place.type, devices=1 if place.index is None else [place.index], plugins=told)
         if place.index is not None: raise ValueError(f'{each * machines} processes choose their devices themselves; say {place.type}')
         # one process may read a whole dataset while the others wait
         ddp = DDPStrategy(timeout=timedelta(hours=12))
-        fabric = Fabric(accelerator=place.type, devices=each, num_nodes=machines, strategy=ddp, precision=told)
+        fabric = Fabric(accelerator=place.type, devices=each, num_nodes=machines, strategy=ddp, plugins=told)
         fabric.launch()
     except (MisconfigurationException, RuntimeError, ValueError) as e:
         raise ValueError(f'cannot use device {device!r} with precision {precision!r}: {e}') from e
