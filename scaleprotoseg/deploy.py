@@ -30,13 +30,14 @@ class Deployed(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:  # (1, 3, H, W) in [0, 1] -> (1, C, h, w), (1, C, E, h, w)
         if not self.kind: return (self.model(image).logits,)
         out = self.model(image, [self.kind], chunk=sys.maxsize)      # in one piece: no loop in the file
+        if not self.model.head.additive: out.similarities = out.similarities.masked_fill(~self.model.prototypes.alive[..., None, None], -1.)
         return out.logits, evidence_maps(out)
 
 def description(predictor: Predictor) -> dict:
     """JSON-plain: what the numbers of a deployed model mean.
 
     `last` (C, C, E) weighs the evidence: logits are the sum over all of it if the head is `additive`; else (prototype view) of each class only the
-    largest that has a weight counts."""
+    largest that has a weight counts, where a dead prototype has -1."""
     model, labels = predictor.model, predictor.labels.to_dict()
     facts = {'source': '/'.join(predictor.folder.parts[-4:]), 'labels': labels, 'evaluation': asdict(predictor.how), 'input': 'image (1, 3, H, W), RGB in 0..1'}
     if model.prototypes is None: return facts

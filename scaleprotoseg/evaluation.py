@@ -7,6 +7,7 @@ __all__ = ['starts', 'windows', 'enlarged_logits', 'segment', 'evaluate', 'strea
            'export_predictions']
 
 # %% ../nbs/09_evaluation.ipynb #cell-03
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def stream(model: Model, dataset: Dataset,
           ) -> Iterator[tuple[int, Sample, Output]]:
     "Index, sample and output (a batch of one, on the model's device) of every image, resized as the protocol says."
     images, device = range(len(dataset)) if images is None else list(images), next(model.parameters()).device
+    if how.window: warnings.warn(f'images are looked at as a whole, while scores are of windows of {how.window}: predictions may differ', stacklevel=2)
     samples = read_ahead(dataset, images=images)
     model.eval()
     for i, s in zip(images, tqdm(samples, total=len(images), desc=progress, disable=not progress, mininterval=2)):

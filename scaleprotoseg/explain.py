@@ -21,7 +21,7 @@ from torch import Tensor
 from .data import Dataset, Labels, palette
 from .datasets import CITYSCAPES_PARTS, PASCAL_PARTS
 from .heads import GroupHead
-from .interpretability import strongest_area
+from .interpretability import living_groups, strongest_area
 from .metrics import label_counts
 from .model import Model, Output
 from .projection import TILES_PER_ROW, Source, load_sheet
@@ -201,7 +201,7 @@ def class_view(model: Model,
     "A class of an image. Groups compete by activation times last-layer weight, prototypes by similarity (spec 9)."
     picture, mask = as_picture(image), np.asarray(mask)
     prototypes = prototypes or evidence_kind(model) != 'groups'
-    alive = model.prototypes.alive[:, cls].flatten() if prototypes else model.head.evidence(model.prototypes.alive)[cls]
+    alive = model.prototypes.alive[:, cls].flatten() if prototypes else living_groups(model)[cls]
     own = out.similarities[0, :, cls].flatten(0, 1) if prototypes else out.groups[0, cls]
     weight = torch.ones(len(own)) if prototypes else evidence_weights(model)[cls, cls].cpu()
     maps, alive = enlarged(own, picture.shape[:2], mode).cpu(), alive.cpu()

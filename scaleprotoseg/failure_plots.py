@@ -15,7 +15,7 @@ import torch
 
 from .data import Dataset, Labels
 from .evaluation import stream
-from .explain import (Atlas, Panel, as_picture, evidence_kind, evidence_names, outlined, plot_panels, scale_names)
+from .explain import (Atlas, Panel, as_picture, evidence_kind, evidence_names, outlined, plot_panels, scale_names, weighed_maps)
 from .failures import Blame, FailureCase, blame, cell_weights, describe, enlarged_prediction, evidence_parts
 from .metrics import class_iou, confusion
 from .model import Model
@@ -33,7 +33,7 @@ __all__ = ['Layer', 'Scene', 'scene', 'closer', 'plot_case', 'plot_evidence', 'p
 class Layer:
     "A map of a case: a group, or a prototype."
     title: str
-    heat: np.ndarray = field(repr=False)          # (h, w) log activation of a group, log similarity of a prototype, >= 0
+    heat: np.ndarray = field(repr=False)          # (h, w) log activation of a group, log similarity of a prototype, or its cosine where it is the nearest
     patch: np.ndarray | None = field(default=None, repr=False)   # (64, 64, 3) uint8 of a prototype; None: no patch
 
 @dataclass
@@ -49,6 +49,7 @@ class Scene:
     wrong: np.ndarray = field(repr=False)         # (H, W) bool
     evidence: dict[int, list[Layer]] = field(repr=False)             # true, then predicted class: its groups or prototypes
     members: list[tuple[str, list[Layer]]] = field(repr=False)    # driving groups with their prototypes; empty without groups
+    unit: str = 'log similarity'                  # of the maps of `evidence`
 
 # %% ../nbs/13_failure_plots.ipynb #cell-06
 @torch.no_grad()
@@ -70,7 +71,7 @@ def scene(model: Model, dataset: Dataset, case: FailureCase, atlas: Atlas, how: 
     base, parts = evidence_parts(model, out.similarities, cell_weights(wrong, out.logits.shape[-2:]))
     own = (base + parts.sum((-2, -1))) * model.head.last.detach().cpu().flatten(2).diagonal().T.double()      # (C, E)
     alive, grouped = model.head.evidence(model.prototypes.alive).flatten(1).cpu(), evidence_kind(model) == 'groups'
-    maps = (out.groups[0].clamp_min(1).log() if grouped else out.similarities[0].transpose(0, 1).flatten(1, 2)).cpu().numpy()   # (C, E, h, w)
+    maps = (out.groups.clamp_min(1).log() if grouped else weighed_maps(model, out))[0].cpu().numpy()                             # (C, E, h, w)
     names, scales = evidence_names(model), scale_names(model)
     def patch(c, e): return None if grouped else atlas.tile(e // len(similarities[0, 0]), c, e % len(similarities[0, 0]))
     def layer(c, e): return Layer(f'{names[e]}: {_signed(own[c, e])}', maps[c, e], patch(c, e))
@@ -81,11 +82,13 @@ def scene(model: Model, dataset: Dataset, case: FailureCase, atlas: Atlas, how: 
         w = (model.head.weights.detach() * model.prototypes.alive.transpose(0, 1)[:, None]).cpu()
         driving = [(case.true, order[case.true][0])] if order[case.true] else []
         for c, g in dict.fromkeys([*driving, *([(why.driver.cls, why.driver.index)] if why.driver else [])]):
-            keys = sorted(torch.nonzero(w[c, g]).tolist(), key=lambda key: -parts[c, g, key[0], key[1]])[:most]
-            members.append((f'{dataset.labels.names[c]} {names[g]}', [
-                Layer(f'{scales[s]} p{k + 1}: {w[c, g, s, k]:.2f}', similarities[s, c, k], atlas.tile(s, c, k)) for s, k in keys]))
+            keys = sorted(torch.nonzero(w[c, g]).tolist(), key=lambda key: -parts[c, g, key[0], key[1]])
+            left_out = f', {most} of {len(keys)}' if len(keys) > most else ''
+            members.append((f'{dataset.labels.names[c]} {names[g]}{left_out}', [
+                Layer(f'{scales[s]} p{k + 1}: {w[c, g, s, k]:.2f}', similarities[s, c, k], atlas.tile(s, c, k)) for s, k in keys[:most]]))
     return Scene(case, why, describe(case, why, dataset.labels, scales, atlas.sources), dataset.labels, as_picture(sample.image),
-                 sample.label.numpy(), prediction.cpu().numpy(), wrong.cpu().numpy(), {c: [layer(c, e) for e in es] for c, es in order.items()}, members)
+                 sample.label.numpy(), prediction.cpu().numpy(), wrong.cpu().numpy(), {c: [layer(c, e) for e in es] for c, es in order.items()}, members,
+                 'log activation' if grouped else 'log similarity' if model.head.additive else 'cosine of the nearest')
 
 def _signed(x: float) -> str: return f'{float(x):+.3g}'.replace('-', '−')
 
@@ -181,7 +184,7 @@ def _rows(scene: Scene, rows: Sequence[tuple[str, list[Layer]]], unit: str, widt
 def plot_evidence(scene: Scene, width: float = 7.) -> Figure:
     "The evidence of the true class above, of the predicted one below; titles say what each adds to its class's logit there."
     rows = [(scene.labels.names[c], layers) for c, layers in scene.evidence.items()]
-    return _rows(scene, rows, 'log activation' if scene.why.grouped else 'log similarity', width, patches=not scene.why.grouped)
+    return _rows(scene, rows, scene.unit, width, patches=not scene.why.grouped)
 
 def plot_members(scene: Scene, width: float = 7.) -> Figure:
     "The prototypes of the true class's strongest group and of the driving group, with weights and training patches. ValueError for a linear head."

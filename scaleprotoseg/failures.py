@@ -68,7 +68,7 @@ def image_cases(counts: Tensor,           # (C, C) int: truth, prediction, of on
 
 # %% ../nbs/11_failures.ipynb #cell-11
 def enlarged_prediction(out: Output, size: tuple[int, int]) -> Tensor:  # (H, W) int64
-    "Class map of one image at pixel resolution, as in evaluation."
+    "Class map of one image at pixel resolution, as in evaluation without sliding windows."
     return enlarged_logits(out.logits, size).argmax(1)[0]
 
 def sort_cases(cases: Sequence[FailureCase]) -> list[FailureCase]:
@@ -132,7 +132,7 @@ def evidence_parts(model: Model,
                   ) -> tuple[Tensor, Tensor]:  # base (C, E), parts (C, E, S, K), float64 on the CPU
     """Activation of every piece of evidence over a region, shared by its prototypes: mean activation = base + sum of the parts.
 
-    base: 1 for a living group (its activation without similarity), 0 for prototypes under a linear head."""
+    base: 1 for a living group (its activation without similarity); 0 for prototypes, and the constant score of a class without any under a nearest head."""
     similarities = model.head.weighed(similarities, model.prototypes.alive)
     alive, chosen = model.prototypes.alive.transpose(0, 1).cpu(), torch.nonzero(cells.reshape(-1, cells.shape[-2:].numel()).any(0))[:, 0]
     a = similarities[0].transpose(0, 1).flatten(1, 2).flatten(2)[..., chosen].cpu().double()        # (C, SK, n); MPS has no float64
@@ -142,7 +142,9 @@ def evidence_parts(model: Model,
         w = (model.head.weights.detach().cpu() * alive[:, None]).flatten(2).double()                # (C, G, SK)
         base = model.head.evidence(alive.transpose(0, 1)).double()
         parts = w * ((log_mean(w @ a) * weight) @ a.transpose(1, 2))
-    else: base, parts = weight.new_zeros(C, S * K), ((a * weight).sum(-1) * alive.flatten(1)).diag_embed()
+    else:
+        exists, mean = model.head.evidence(alive.transpose(0, 1)).flatten(1), (a * weight).sum(-1)
+        base, parts = mean * (exists & ~alive.flatten(1)), (mean * alive.flatten(1)).diag_embed()
     return base, parts.unflatten(-1, (S, K))
 
 # %% ../nbs/11_failures.ipynb #cell-19
@@ -155,7 +157,7 @@ class Member:
     part: float         # of the activation on the wrong pixels
     usual: float        # of the activation on the reference
     excess: float       # (part - usual) × weight of the evidence, in logits
-    share: float        # of the evidence's activation on the wrong pixels, beyond its base
+    share: float        # of what the evidence's activation on the wrong pixels exceeds its base by
 
 @dataclass
 class Piece:
@@ -248,7 +250,7 @@ def describe(case: FailureCase, why: Blame, labels: Labels,
     if not m: return what + drove
     source = next((s for s in sources if (s.scale, s.cls, s.k) == (m.scale, d.cls, m.k)), None)
     origin = f'a patch of training image {source.image}' if source else 'a prototype without a training patch'
-    return what + drove + (f' In it {scales[m.scale]} p{m.k + 1} (weight {m.weight:.2f}) holds {m.share:.0%} of the activation: {origin}.'
+    return what + drove + (f' In it {scales[m.scale]} p{m.k + 1} (weight {m.weight:.2f}) brings {m.share:.0%} of what exceeds 1, an activation without similarity: {origin}.'
                            if why.grouped else f' It is {origin}.')
 
 # %% ../nbs/11_failures.ipynb #145918fa

@@ -167,13 +167,19 @@ class NearestHead(PrototypeHead):
         "The layer that weighs the nearest prototypes: (C, C, S, K), `factor` from the own class and 0 from others; a view that takes no memory."
         return self.between[..., None, None].expand(-1, -1, *self.evidence_shape)
 
-    def weighed(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
-        """What the last layer weighs: at each position the similarity of the nearest prototype of each class, 0 for the others.
+    def evidence(self, alive: Tensor) -> Tensor:
+        "Which evidence of each class exists: (C, S, K) bool, the living; of a class without any the first, which stands for its constant score."
+        own = alive.transpose(0, 1)
+        first = torch.zeros_like(own)
+        first[:, 0, 0] = ~own.flatten(1).any(1)
+        return own | first
 
-        A class without a living prototype has its constant score, -1, at a dead one, which `evidence` does not count."""
-        flat = similarities.masked_fill(~alive[..., None, None], -torch.inf).transpose(1, 2).flatten(2, 3)        # (B, C, S*K, h, w)
+    def weighed(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
+        "What the last layer weighs: at each position the similarity of the nearest prototype of each class, 0 for the others; -1 where `evidence` is a constant."
+        flat = similarities.masked_fill(~alive[..., None, None], -1.).transpose(1, 2)
+        flat = flat.masked_fill(~self.evidence(alive)[..., None, None], -torch.inf).flatten(2, 3)                 # (B, C, S*K, h, w)
         nearest = flat.argmax(2, keepdim=True)
-        won = torch.zeros_like(flat).scatter(2, nearest, flat.gather(2, nearest).clamp_min(-1.))
+        won = torch.zeros_like(flat).scatter(2, nearest, flat.gather(2, nearest))
         return won.unflatten(2, (alive.shape[0], alive.shape[2])).transpose(1, 2)
 
     def extra_repr(self): return f'{self.factor:g} times the largest of {self.last[0, 0].numel()} similarities'

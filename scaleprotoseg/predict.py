@@ -19,7 +19,7 @@ from torch import Tensor
 from .basics import read_json
 from .data import Labels, image_to_tensor, read_image
 from .evaluation import enlarged_logits, segment
-from .explain import (Atlas, as_picture, evidence_kind, evidence_maps, evidence_names,
+from .explain import (Atlas, as_picture, evidence_kind, evidence_names,
                                    evidence_weights, overlay, read_atlas, scale_names, weighed_maps)
 from .failures import cell_weights
 from .model import Model, Output, load_model, pick_device, read_config
@@ -138,7 +138,7 @@ class Evidence:
     weight: float            # of the last layer
     contribution: float      # activation * weight
     parts: list[Part]        # heaviest first
-    heat: np.ndarray = field(repr=False)           # (h, w) activation of the whole image
+    heat: np.ndarray = field(repr=False)           # (h, w) activation of the whole image; 0 where another prototype of the class decides
 
 # %% ../nbs/14_predict.ipynb #cell-21
 @dataclass
@@ -237,12 +237,12 @@ def explain_region(model: Model, out: Output, image: np.ndarray, region: np.ndar
     "Explanation of a region (H, W) bool, from the output of one image with `similarities`, and `groups` if any."
     cells = cell_weights(region, out.logits.shape[-2:]).double()
     mean = lambda maps: (maps[0].cpu().double() * cells).sum((-2, -1))           # linear: the sum property survives
-    scores, similarities, heat = mean(out.logits), mean(out.similarities), evidence_maps(out)[0].float().cpu().numpy()
+    scores, similarities, maps = mean(out.logits), mean(out.similarities), weighed_maps(model, out)
     cls = int(scores.argmax()) if cls is None else cls
-    activations, last = mean(weighed_maps(model, out)), evidence_weights(model)[cls].cpu().double()
+    activations, heat, last = mean(maps), maps[0].float().cpu().numpy(), evidence_weights(model)[cls].cpu().double()
     exists = model.head.evidence(model.prototypes.alive).flatten(1)
     names, members = evidence_names(model), _members(model, similarities, atlas)
-    evidence = [Evidence(c, e, f'{labels.names[c]} {names[e]}', float(activations[c, e]), float(last[c, e]),
+    evidence = [Evidence(c, e, f'{labels.names[c]} {names[e] if members(c, e) else "without prototypes"}', float(activations[c, e]), float(last[c, e]),
                          float(activations[c, e] * last[c, e]), members(c, e), heat[c, e])
                 for c, e in torch.nonzero(exists).tolist()]
     order = scores.argsort(descending=True, stable=True).tolist()
@@ -256,7 +256,7 @@ def _members(model, similarities, atlas):
         source, patch = atlas.find(s, c, k), atlas.tile(s, c, k)
         return Part(s, k, f'{scales[s]} p{k + 1}', w, float(similarities[s, c, k]), source, patch)
     def members(c, e):
-        if evidence_kind(model) != 'groups': return [part(e // K, c, e % K, 1.)]
+        if evidence_kind(model) != 'groups': return [part(e // K, c, e % K, 1.)] if alive[e // K, c, e % K] else []       # a constant
         w = model.head.weights[c, e].detach() * alive[:, c]
         return sorted((part(s, c, k, float(w[s, k])) for s, k in torch.nonzero(w).tolist()), key=lambda p: -p.weight)
     return members
@@ -287,7 +287,7 @@ def _bars(ax, why: Explanation, most: int = 6):
     "Bar per largest contribution, what else speaks for and against the class in one each, the logit below."
     shown, rest = why.evidence[:most], why.evidence[most:]
     rows = [(e.name, e.contribution, np.asarray(why.labels.colors[e.cls]) / 255) for e in shown]
-    for word, values in (('for', [e.contribution for e in rest if e.contribution >= 0]),
+    for word, values in (('for', [e.contribution for e in rest if e.contribution > 0]),
                          ('against', [e.contribution for e in rest if e.contribution < 0])):
         if values: rows.append((f'{len(values)} others {word}', sum(values), (0.75,) * 3))
     rows.append(('logit', why.logit, (0.2,) * 3))

@@ -281,6 +281,11 @@ def test_order_threads_and_random_state_play_no_part(how, monkeypatch):
     assert torch.equal(evaluate(model, in_memory, CPU, how), expected)
 
 
+def test_whole_images_are_not_the_windows_that_are_scored_which_is_said():
+    with pytest.warns(UserWarning, match=r'as a whole, while scores are of windows of \(16, 16\)'):
+        next(E.stream(Coarse(), Listed(pictures()), Evaluation(window=(16, 16))))
+
+
 def test_evaluate_leaves_weights_and_statistics_alone():
     model = Coarse().train()
     before = {k: v.clone() for k, v in model.state_dict().items()}

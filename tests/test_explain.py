@@ -162,6 +162,14 @@ def test_dead_class_is_assigned_to_nothing():
     assert all((v[1].assigned == -1).all() and v[1].strongest() == [] for v in found)
 
 
+def test_an_empty_group_plays_no_part():
+    """A threshold may leave a group no prototype; its activation is 1 everywhere."""
+    model = make_model('groups')
+    model.head.weights.data[1, 0] = 0.
+    found = views(model, score(model), torch.ones(2, 20, 24, dtype=torch.long))
+    assert all(v[1].alive.tolist() == [False] + [True] * (G - 1) and 0 not in v[1].assigned for v in found)
+
+
 # -- groups -----------------------------------------------------------------------------------------------------------
 
 def test_groups_list_their_living_non_zero_members_heaviest_first():

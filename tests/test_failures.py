@@ -450,7 +450,8 @@ def test_words_name_image_classes_group_prototype_and_training_image():
         'In image a, 4 of 8 pixels of pony were taken for zebra (IoU of pony 0.50). '
         f'Zebra group 2 drove the error: activation {d.activation:.3g}, {d.usual:.3g} on the 4 pixels of pony that are right; '
         f'+{d.excess:.3g} to a margin of {why.margin:.3g}. '
-        f'In it s2 r12 p1 (weight 0.70) holds {why.members[0].share:.0%} of the activation: a patch of training image train/17.')
+        f'In it s2 r12 p1 (weight 0.70) brings {why.members[0].share:.0%} of what exceeds 1, an activation without similarity: a patch of training image train/17.')
+    assert why.members[0].share * (d.activation - 1) == pytest.approx(why.members[0].part)
     assert describe(case, why, LABELS, ['s1', 's2']).endswith('a prototype without a training patch.')
 
 
@@ -836,7 +837,12 @@ def test_dead_prototypes_are_not_shown_and_a_limit_is_kept():
     model.prototypes.alive[0, PONY, 0] = False
     assert [x.title.split(':')[0] for x in scene(model, data, case, ATLAS).evidence[PONY]] == ['s1 p2']
     assert [len(x) for x in scene(*misread(), ATLAS, most=1).evidence.values()] == [1, 1]
-    assert all(len(layers) == 1 for _, layers in scene(*misread(), ATLAS, most=1).members)
+    model, data, case = misread()
+    model.head.weights.data.copy_(torch.full_like(model.head.weights, 1 / model.head.weights[0, 0].numel()))      # every group has all prototypes
+    n = model.head.weights[0, 0].numel()
+    first, whole = (scene(model, data, case, ATLAS, most=most).members for most in (1, n))
+    assert n > 1 and [(name, len(layers)) for name, layers in first] == [(f'{name}, 1 of {n}', 1) for name, _ in whole]
+    assert all(len(layers) == n for _, layers in whole)
 
 
 def test_a_picture_that_the_model_sees_smaller_is_shown_at_its_own_size():

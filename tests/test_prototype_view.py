@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from scaleprotoseg import recipes
 from scaleprotoseg.data import Labels
-from scaleprotoseg.explain import Atlas, class_view
-from scaleprotoseg.failures import evidence_parts
+from scaleprotoseg.deploy import Deployed
+from scaleprotoseg.explain import Atlas, class_view, evidence_weights
+from scaleprotoseg.failures import FailureCase, blame, cell_weights, evidence_parts
 from scaleprotoseg.model import build_model, load_model, save_model
 from scaleprotoseg.predict import explain_region
 from scaleprotoseg.projection import Projection
@@ -50,6 +51,40 @@ def test_contributions_add_up_to_logits(model, out):
     base, parts = evidence_parts(model, out.similarities, torch.ones(out.logits.shape[-2:]))
     last = model.head.last.flatten(2).double()
     torch.testing.assert_close(((base + parts.sum((-2, -1)))[None] * last).sum((1, 2)), out.logits[0].sum((1, 2)).double(), atol=1e-3, rtol=1e-4)
+
+
+def test_a_class_without_prototypes_has_its_constant_score_in_every_explanation(model, out):
+    gone = torch.zeros(1, 4, 3, dtype=torch.bool)
+    gone[0, 3] = True
+    model.prototypes.kill_(gone)
+    image = torch.rand(1, 3, 24, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): out = model(image, ('similarities',))
+    region = np.ones((24, 32), bool)
+    why = explain_region(model, out, np.zeros((24, 32, 3), np.uint8), region, Atlas([], np.zeros((0, 64, 64, 3), np.uint8)), LABELS, cls=3)
+    assert why.logit == pytest.approx(-10, abs=1e-5) and sum(e.contribution for e in why.evidence) == pytest.approx(why.logit, abs=1e-5)
+    assert [(e.name, e.parts, e.activation) for e in why.own] == [('d without prototypes', [], pytest.approx(-1))]
+    prediction = out.logits.argmax(1)[0].repeat_interleave(24 // out.logits.shape[-2], 0).repeat_interleave(32 // out.logits.shape[-1], 1)
+    taken = int(prediction.flatten().mode().values)
+    case = FailureCase('a', 0, 3, taken, 'missed', 0., region.size, int((prediction == taken).sum()), 0, int((prediction == taken).sum()))
+    label = torch.full((24, 32), 3)
+    found = blame(model, case, label, prediction, out)
+    weights = cell_weights(prediction == taken, out.logits.shape[-2:])
+    means = (out.logits[0].double() * weights).sum((-2, -1))
+    assert found.margin == pytest.approx(float(means[taken] - means[3]), rel=1e-5)
+    assert found.driver is None or found.driver.cls == taken           # what is constant does not drive
+    with torch.no_grad(): logits, evidence = Deployed(model)(image)
+    last = evidence_weights(model)
+    counted = (evidence[0] * last.diagonal().T[..., None, None]).masked_fill((last.diagonal().T == 0)[..., None, None], -torch.inf)
+    torch.testing.assert_close(counted.amax(1), logits[0])
+
+
+def test_what_decides_is_what_is_drawn(model, out):
+    """A map of an explanation is what was counted: 0 where another prototype of the class is nearer."""
+    region = np.ones((24, 32), bool)
+    why = explain_region(model, out, np.zeros((24, 32, 3), np.uint8), region, Atlas([], np.zeros((0, 64, 64, 3), np.uint8)), LABELS, cls=0)
+    weights = cell_weights(region, out.logits.shape[-2:])
+    for e in why.own: assert e.activation == pytest.approx(float((torch.from_numpy(e.heat).double() * weights).sum()), abs=1e-6)
+    assert (np.stack([e.heat for e in why.own]) != 0).sum(0).max() == 1
 
 
 def test_assignment_is_the_nearest_living_of_the_own_class(model, out):
