@@ -30,7 +30,7 @@ class Deployed(nn.Module):
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:  # (1, 3, H, W) in [0, 1] -> (1, C, h, w), (1, C, E, h, w)
         if not self.kind: return (self.model(image).logits,)
         out = self.model(image, [self.kind], chunk=sys.maxsize)      # in one piece: no loop in the file
-        if not self.model.head.additive: out.similarities = out.similarities.masked_fill(~self.model.prototypes.alive[..., None, None], -1.)
+        if out.groups is None: out.similarities = self.model.head.counted(out.similarities, self.model.prototypes.alive)
         return out.logits, evidence_maps(out)
 
 def description(predictor: Predictor) -> dict:
@@ -41,7 +41,7 @@ def description(predictor: Predictor) -> dict:
     model, labels = predictor.model, predictor.labels.to_dict()
     facts = {'source': '/'.join(predictor.folder.parts[-4:]), 'labels': labels, 'evaluation': asdict(predictor.how), 'input': 'image (1, 3, H, W), RGB in 0..1'}
     if model.prototypes is None: return facts
-    return {**facts, 'evidence': evidence_names(model), 'last': evidence_weights(model).cpu().tolist(),    # 0 from dead prototypes
+    return {**facts, 'evidence': evidence_names(model), 'last': evidence_weights(model).cpu().tolist(),    # 0 from what does not count
             'additive': model.head.additive}
 
 # %% ../nbs/15_deploy.ipynb #cell-07

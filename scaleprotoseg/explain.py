@@ -32,13 +32,13 @@ if TYPE_CHECKING:   # matplotlib is slow to import: every plot function does it 
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['STYLE', 'Atlas', 'read_atlas', 'evidence_kind', 'evidence_maps', 'weighed_maps', 'evidence_weights', 'scale_names',
-           'evidence_names', 'prototype_names', 'GroupMember', 'Group', 'group_members', 'scale_usage', 'as_picture',
-           'enlarged', 'ClassView', 'class_view', 'strongest_prototypes', 'overlap_map', 'overlap_score',
-           'class_pixels', 'fullest_images', 'best_images', 'objects_first', 'normalized', 'value_range', 'overlay',
-           'painted', 'outlined', 'spots', 'plot_segmentation', 'plot_scale_usage', 'Panel', 'plot_panels',
-           'assignment_panel', 'heat_panels', 'patch_panel', 'prototype_panels', 'shades', 'overlap_panel',
-           'overlap_colors', 'plot_prototypes', 'plot_group_graph']
+__all__ = ['CONSTANT', 'STYLE', 'Atlas', 'read_atlas', 'evidence_kind', 'evidence_maps', 'weighed_maps', 'evidence_weights',
+           'constant_evidence', 'scale_names', 'evidence_names', 'prototype_names', 'GroupMember', 'Group',
+           'group_members', 'scale_usage', 'as_picture', 'enlarged', 'ClassView', 'class_view', 'strongest_prototypes',
+           'overlap_map', 'overlap_score', 'class_pixels', 'fullest_images', 'best_images', 'objects_first',
+           'normalized', 'value_range', 'overlay', 'painted', 'outlined', 'spots', 'plot_segmentation',
+           'plot_scale_usage', 'Panel', 'plot_panels', 'assignment_panel', 'heat_panels', 'patch_panel',
+           'prototype_panels', 'shades', 'overlap_panel', 'overlap_colors', 'plot_prototypes', 'plot_group_graph']
 
 # %% ../nbs/13_explain.ipynb #cell-07
 @dataclass
@@ -100,8 +100,15 @@ def weighed_maps(model: Model, out: Output) -> Tensor:  # (B, C, E, h, w)
     return evidence_maps(Output(out.logits, similarities=model.head.weighed(out.similarities, model.prototypes.alive)))
 
 def evidence_weights(model: Model) -> Tensor:  # (C, C, E): to class, from class, evidence
-    "Last-layer weights, 0 for evidence that does not exist: dead prototypes, groups of dead classes."
+    "Last-layer weights, 0 for evidence that does not exist: dead prototypes (but those of `constant_evidence`), groups of dead classes."
     return model.head.last.detach().flatten(2) * model.head.evidence(model.prototypes.alive).flatten(1)
+
+CONSTANT = 'without prototypes'   # what is said instead of the name of such a prototype
+
+def constant_evidence(model: Model) -> Tensor:  # (C, E) bool
+    "The dead prototypes that stand for the constant score of a class without living ones, where the nearest prototype decides; none elsewhere."
+    exists, alive = model.head.evidence(model.prototypes.alive).flatten(1), model.prototypes.alive.transpose(0, 1).flatten(1)
+    return exists & ~alive if evidence_kind(model) != 'groups' else torch.zeros_like(exists)
 
 # %% ../nbs/13_explain.ipynb #cell-13
 def scale_names(model: Model) -> list[str]:

@@ -305,11 +305,12 @@ def evidence_table(explorer: Explorer, cls: int, most: int = 6) -> str:
     "What adds up to the score of `cls`: its own evidence one by one, that of each other class summed."
     now = explorer.explain(cls)
     before = explorer.explain(cls, all_on=True) if explorer.off else now
-    labels, was = explorer.labels, {(e.cls, e.index): e.contribution for e in before.evidence}
     is_ = {(e.cls, e.index): e for e in now.evidence}
-    rows, own = [], [e for e in before.own]
+    labels, was = explorer.labels, {**dict.fromkeys(is_, 0.), **{(e.cls, e.index): e.contribution for e in before.evidence}}
+    known = {e.index for e in before.own}
+    rows, own = [], [*(e for e in now.own if e.index not in known), *before.own]      # a class that is switched off may get a constant score
     for e in own[:most]:
-        e = is_.get((cls, e.index), None) or _gone(e)
+        e = is_.get((cls, e.index)) or _gone(e)
         rows.append((e.name.removeprefix(f'{now.name} '), labels.colors[cls],
                      [f'{_number(e.activation)} × {_number(e.weight)}', _number(e.contribution, '+'), _number(was[cls, e.index], '+')],
                      e.contribution))

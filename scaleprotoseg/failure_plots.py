@@ -15,7 +15,7 @@ import torch
 
 from .data import Dataset, Labels
 from .evaluation import stream
-from .explain import (Atlas, Panel, as_picture, evidence_kind, evidence_names, outlined, plot_panels, scale_names, weighed_maps)
+from .explain import (CONSTANT, Atlas, Panel, as_picture, constant_evidence, evidence_kind, evidence_names, outlined, plot_panels, scale_names, weighed_maps)
 from .failures import Blame, FailureCase, blame, cell_weights, describe, enlarged_prediction, evidence_parts
 from .metrics import class_iou, confusion
 from .model import Model
@@ -73,8 +73,9 @@ def scene(model: Model, dataset: Dataset, case: FailureCase, atlas: Atlas, how: 
     alive, grouped = model.head.evidence(model.prototypes.alive).flatten(1).cpu(), evidence_kind(model) == 'groups'
     maps = (out.groups.clamp_min(1).log() if grouped else weighed_maps(model, out))[0].cpu().numpy()                             # (C, E, h, w)
     names, scales = evidence_names(model), scale_names(model)
-    def patch(c, e): return None if grouped else atlas.tile(e // len(similarities[0, 0]), c, e % len(similarities[0, 0]))
-    def layer(c, e): return Layer(f'{names[e]}: {_signed(own[c, e])}', maps[c, e], patch(c, e))
+    constant, K = constant_evidence(model).tolist(), len(similarities[0, 0])
+    def patch(c, e): return None if grouped or constant[c][e] else atlas.tile(e // K, c, e % K)
+    def layer(c, e): return Layer(f'{CONSTANT if constant[c][e] else names[e]}: {_signed(own[c, e])}', maps[c, e], patch(c, e))
     order = {c: own[c].masked_fill(~alive[c], -torch.inf).argsort(descending=True, stable=True)[:int(alive[c].sum())].tolist()[:most]
              for c in (case.true, case.predicted)}
     members = []

@@ -42,6 +42,10 @@ class PrototypeHead(nn.Module):
         "Which prototypes count: (S, C, K) bool, the living."
         return alive
 
+    def counted(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
+        "The similarities as the head takes them: as they are."
+        return similarities
+
     def weighed(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
         "The similarities that count at each position: all of them."
         return similarities
@@ -159,8 +163,11 @@ class NearestHead(PrototypeHead):
 
     def forward(self, similarities: Tensor, alive: Tensor) -> tuple[Tensor, None]:
         "Logits (B, C, h, w), and None: there are no groups. A class without a living prototype has the logit of the farthest, `-factor`."
-        best = similarities.masked_fill(~alive[..., None, None], -1.).amax((1, 3))
-        return best * self.factor, None
+        return self.counted(similarities, alive).amax((1, 3)) * self.factor, None
+
+    def counted(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
+        "The similarities as the head takes them: a dead prototype is as far as can be, -1."
+        return similarities.masked_fill(~alive[..., None, None], -1.)
 
     @property
     def last(self) -> Tensor:
@@ -176,7 +183,7 @@ class NearestHead(PrototypeHead):
 
     def weighed(self, similarities: Tensor, alive: Tensor) -> Tensor:  # (B, S, C, K, h, w), the same shape
         "What the last layer weighs: at each position the similarity of the nearest prototype of each class, 0 for the others; -1 where `evidence` is a constant."
-        flat = similarities.masked_fill(~alive[..., None, None], -1.).transpose(1, 2)
+        flat = self.counted(similarities, alive).transpose(1, 2)
         flat = flat.masked_fill(~self.evidence(alive)[..., None, None], -torch.inf).flatten(2, 3)                 # (B, C, S*K, h, w)
         nearest = flat.argmax(2, keepdim=True)
         won = torch.zeros_like(flat).scatter(2, nearest, flat.gather(2, nearest))

@@ -95,7 +95,7 @@ def parameter_table(recipes: Iterable[Recipe], reference: pd.DataFrame) -> pd.Da
     "A row per recipe: `parameter_counts`, and the published number of its method where the recipe is the published one."
     import pandas as pd
     theirs = lambda r: find_published(reference, 'parameters_million', method=r.method).get('value')
-    rows = [{'method': r.method, 'variant': r.variant, **parameter_counts(r), 'published': theirs(r) if published_references(r)[0]['same_schedule'] else None}
+    rows = [{'method': r.method, 'variant': r.variant, **parameter_counts(r), 'published': theirs(r) if not r.variant and published_references(r)[0]['same_schedule'] else None}
             for r in recipes]
     return pd.DataFrame(rows, columns=['method', 'variant', 'learned', 'stored', 'published'], dtype=object)
 

@@ -252,7 +252,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     "All tensors of a safetensors file. Raises FileNotFoundError, or ValueError naming a damaged file."
     if not path.is_file():
         packed = path.name.endswith('backbone.safetensors') and path.with_name('head.safetensors').is_file()
-        raise FileNotFoundError(f'no weights at {path} ' + ('(packed results are without backbones: use the folder of the training)' if packed else '(expected a safetensors file)'))
+        hint = '; packed results have none: if these are, use the folder of the training' if packed else ''
+        raise FileNotFoundError(f'no weights at {path} (expected a safetensors file{hint})')
     try:
         with safe_open(path, 'pt') as f: return {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, ValueError) as e:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .basics import read_json
 from .data import Labels, image_to_tensor, read_image
 from .evaluation import enlarged_logits, segment
-from .explain import (Atlas, as_picture, evidence_kind, evidence_names,
+from .explain import (CONSTANT, Atlas, as_picture, constant_evidence, evidence_kind, evidence_names,
                                    evidence_weights, overlay, read_atlas, scale_names, weighed_maps)
 from .failures import cell_weights
 from .model import Model, Output, load_model, pick_device, read_config
@@ -242,8 +242,9 @@ def explain_region(model: Model, out: Output, image: np.ndarray, region: np.ndar
     activations, heat, last = mean(maps), maps[0].float().cpu().numpy(), evidence_weights(model)[cls].cpu().double()
     exists = model.head.evidence(model.prototypes.alive).flatten(1)
     names, members = evidence_names(model), _members(model, similarities, atlas)
-    evidence = [Evidence(c, e, f'{labels.names[c]} {names[e] if members(c, e) else "without prototypes"}', float(activations[c, e]), float(last[c, e]),
-                         float(activations[c, e] * last[c, e]), members(c, e), heat[c, e])
+    constant = constant_evidence(model).tolist()
+    evidence = [Evidence(c, e, f'{labels.names[c]} {CONSTANT if constant[c][e] else names[e]}', float(activations[c, e]), float(last[c, e]),
+                         float(activations[c, e] * last[c, e]), [] if constant[c][e] else members(c, e), heat[c, e])
                 for c, e in torch.nonzero(exists).tolist()]
     order = scores.argsort(descending=True, stable=True).tolist()
     return Explanation(cls, labels.names[cls], float(scores[cls]), {labels.names[c]: float(scores[c]) for c in order},
@@ -256,7 +257,7 @@ def _members(model, similarities, atlas):
         source, patch = atlas.find(s, c, k), atlas.tile(s, c, k)
         return Part(s, k, f'{scales[s]} p{k + 1}', w, float(similarities[s, c, k]), source, patch)
     def members(c, e):
-        if evidence_kind(model) != 'groups': return [part(e // K, c, e % K, 1.)] if alive[e // K, c, e % K] else []       # a constant
+        if evidence_kind(model) != 'groups': return [part(e // K, c, e % K, 1.)]
         w = model.head.weights[c, e].detach() * alive[:, c]
         return sorted((part(s, c, k, float(w[s, k])) for s, k in torch.nonzero(w).tolist()), key=lambda p: -p.weight)
     return members
@@ -352,7 +353,7 @@ def _ring(ax, why, size):
 
 def _heat(ax, why, e):
     weight = f'{e.weight:.2f}'.replace('-', '−')
-    ax.imshow(overlay(why.image, e.heat))
+    ax.imshow(overlay(why.image, e.heat.clip(min=0)))      # a negative cosine that decides is not colder than 0, which does not
     _ring(ax, why, 6)
     ax.set_title(f'{e.name}\n{e.activation:.3g} × {weight} = {_signed(e.contribution)}', fontsize=8, pad=4)
     ax.set_axis_off()

@@ -35,9 +35,11 @@ class Training:
 
     @property
     def before(self) -> list['Training']:
-        "Those that come before it, whether or not they are asked for."
+        "Those that come before it, whether or not they are asked for: what it starts from, what it is judged by, and of a variant the main recipe if they share stages."
         r, same = self.recipe, {x.short_name: x for x in recipes_of(self.recipe.experiment)}
-        found = [same.get(r.init), r.judged(), same.get(r.method) if r.variant else None]
+        main = same.get(r.method) if r.variant else None
+        digests = lambda x: {x.digest(s.name) for s in x.stages}
+        found = [same.get(r.init), r.judged(), main if main and digests(main) & digests(r) else None]
         return list({x.name: Training(x, self.seed) for x in found if x}.values())
 
     @property
@@ -55,7 +57,7 @@ def trainings(experiment: str, methods: Iterable[str] = (),  # as `scaleprotoseg
     "The trainings of an experiment in their order, with what they start from. KeyError (with the nearest name) for unknown names."
     known = {r.short_name: r for r in known_recipes(experiment)}
     asked = {lookup(known, m, f'method of experiment {experiment!r}').name for m in methods} or {r.name for r in known.values()}
-    while more := {n.split(' ')[0] for r in known.values() if r.name in asked for n in Training(r, 0).waits_for} - asked: asked |= more
+    while more := {t.recipe.name for r in known.values() if r.name in asked for t in Training(r, 0).before} - asked: asked |= more
     chosen, seeds = [r for r in known.values() if r.name in asked], dict.fromkeys(seeds)
     rank = lambda t: (t.seed, bool(t.recipe.variant))                          # sorting keeps the order of the recipes
     return sorted((Training(r, s) for r in chosen for s in seeds or r.seeds), key=rank)

@@ -166,6 +166,25 @@ def test_the_contributions_in_the_table_sum_to_the_score(explorer):
     assert sum(parts) == pytest.approx(total, rel=0.02, abs=0.02 * max(map(abs, parts)))
 
 
+def test_the_table_of_a_class_that_is_switched_off_sums_to_its_constant_score(tmp_path):
+    """The nearest prototype decides; of a class without any the score is constant, also if one of its prototypes was dead from the start."""
+    import re
+    folder = write_stage(tmp_path / 'smoke/prototype_view/seed0/snap', 'nearest', 4, dict(name='unet', width=4), 'smoke/prototype_view', pruned=[(0, 3, 0)])
+    seen = Explorer(load(folder), DATA[0].image).move(*POINT)
+    for s, c, k in np.argwhere(seen.predictor.model.prototypes.alive.numpy()).tolist():
+        if c == 3: seen.switch(s, c, k)
+    adds = [row[1] for row in re.findall(r'>([^<]*)</td><td[^>]*>([+−][\d.e+−]+)</td>', evidence_table(seen, 3))]
+    *parts, total = [float(x.replace('−', '-')) for x in adds]
+    assert total == -10 == pytest.approx(sum(parts)), evidence_table(seen, 3)
+
+
+def test_a_group_that_is_switched_off_keeps_its_name(stages):
+    seen = Explorer(load(stages['groups']), DATA[0].image).move(*POINT)
+    before = {e.name for e in seen.explain(3).own}
+    for part in next(e for e in seen.explain(3).own if e.name.endswith('group 1')).parts: seen.switch(part.scale, 3, part.k, False)
+    assert seen.predictor.model.prototypes.alive[:, 3].sum() > len(seen.off) and {e.name for e in seen.explain(3).own} == before
+
+
 def test_figure_of_the_switches(explorer):
     fig = plot_switched(explorer.switch(0, 3, 0))
     assert [ax.get_title() for ax in fig.axes][1:] == ['with all prototypes', f'1 switched off, {explorer.changed.mean():.1%} changed']

@@ -12,11 +12,13 @@ from scaleprotoseg import recipes
 from scaleprotoseg.data import Labels
 from scaleprotoseg.deploy import Deployed
 from scaleprotoseg.explain import Atlas, class_view, evidence_weights
-from scaleprotoseg.failures import FailureCase, blame, cell_weights, evidence_parts
+from scaleprotoseg.failure_plots import scene
+from scaleprotoseg.failures import FailureCase, blame, cell_weights, evidence_parts, find_failures
 from scaleprotoseg.model import build_model, load_model, save_model
 from scaleprotoseg.predict import explain_region
-from scaleprotoseg.projection import Projection
+from scaleprotoseg.projection import Projection, Source
 from scaleprotoseg.recipes import changed, find_recipe, in_stage
+from scaleprotoseg.transforms import Sample
 from scaleprotoseg.training import COLLAPSED, assigned_prototypes, followed_sums, run_stage
 
 CONFIG = dict(backbone=dict(name='unet', width=4), head='nearest', activation='unit', similarity='cosine', classes=4, scales=1, channels=6, per_class=3)
@@ -76,6 +78,21 @@ def test_a_class_without_prototypes_has_its_constant_score_in_every_explanation(
     last = evidence_weights(model)
     counted = (evidence[0] * last.diagonal().T[..., None, None]).masked_fill((last.diagonal().T == 0)[..., None, None], -torch.inf)
     torch.testing.assert_close(counted.amax(1), logits[0])
+
+
+def test_a_constant_score_is_not_drawn_as_the_patch_of_a_dead_prototype(model):
+    image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): taken = int(model(image[None]).logits.argmax(1).flatten().mode().values)
+    gone = (taken + 1) % 4
+    model.prototypes.alive[0, gone] = False
+    class One(list): labels, ids, in_memory = LABELS, ['a'], True
+    data = One([Sample(image, torch.full((24, 32), gone), 'a')])
+    case, = find_failures(model, data, threshold=2., min_pixels=1)
+    sources = [Source(0, c, k, 'b', (0, 0), (1, 1), (8, 8), .1, (0, 8, 0, 8), (0, 8, 0, 8), (0, 8, 0, 8), 1., 0) for c in range(4) for k in range(3)]
+    shown = scene(model, data, case, Atlas(sources, np.zeros((1, 64, 64, 3), np.uint8)))
+    assert shown.unit == 'cosine of the nearest'
+    assert [(x.title, x.patch) for x in shown.evidence[gone]] == [('without prototypes: −10', None)]
+    assert all(x.patch is not None for x in shown.evidence[case.predicted])
 
 
 def test_what_decides_is_what_is_drawn(model, out):

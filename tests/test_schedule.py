@@ -30,7 +30,9 @@ def test_seeds_and_methods_are_chosen_with_what_they_start_from():
     assert [t.name for t in found] == [f'demo-full/{m} seed 7' for m in ('pretrain', 'scaleprotoseg', 'scaleprotoseg-veto')]
     assert found[-1].arguments() == ['demo-full', 'scaleprotoseg', '--variant', 'veto', '--seed', '7']
     with pytest.raises(KeyError, match="did you mean 'protoseg'"): trainings('demo', ['protosed'])
-    assert Training(RECIPES['em/protoseg-split2'], 0).waits_for == {'em/protoseg seed 0'}
+    assert Training(RECIPES['em/protoseg-split2'], 0).before == []                                    # another division shares no stage with the first
+    assert Training(RECIPES['demo/prototype_view-k1'], 0).waits_for == {'demo/pretrain seed 0'}
+    assert Training(RECIPES['demo/scaleprotoseg-tau'], 0).waits_for == {'demo/pretrain seed 0', 'demo/scaleprotoseg seed 0'}
 
 
 def test_out_of_time_then_the_same_command_finishes(tmp_path):

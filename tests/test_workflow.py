@@ -158,7 +158,7 @@ def test_results_travel_from_a_host_without_jupyter(whole, tmp_path):
     elsewhere = checkout(tmp_path / 'elsewhere')
     with tarfile.open(tmp_path / 'smoke.tar.gz') as archive: archive.extractall(elsewhere, filter='data')
     assert not list((elsewhere / 'runs').rglob('*backbone*'))
-    with pytest.raises(FileNotFoundError, match='packed results are without backbones'): load_model(elsewhere / 'runs/smoke/protoseg/seed0/project')
+    with pytest.raises(FileNotFoundError, match='expected a safetensors file; packed results have none'): load_model(elsewhere / 'runs/smoke/protoseg/seed0/project')
     command('report', 'smoke', cwd=elsewhere)
     here, there = ((f / 'figures/smoke/report.html').read_text() for f in (whole, elsewhere))
     assert there.count('<figure>') == here.count('<figure>') > 10 and there.count('<table>') == here.count('<table>')
