@@ -645,9 +645,9 @@ def view_recipes(experiment: str, box: str,    # what the parametric method is c
     return [Recipe(experiment, box, data, {**net, 'activation': 'none'}, blackbox(plain, 'direct')), view,
             changed(view, 'k1', {'per_class': 1}), changed(view, 'legacy', legacy_draw=True)]
 
-def adamw(steps: int, batch: int) -> Train:
+def adamw(steps: int, batch: int, accumulate: int = 1) -> Train:
     "SegFormer's schedule: AdamW, a rate ten times as large for the head, a linear rise and a linear fall (prototype view's spec 4.2)."
-    return Train(steps, dict(trunk=6e-5, aspp=6e-4), batch, power=1., rise=1500, decay=.01, batch_norm=True, optimizer='adamw', eval_every=8000)
+    return Train(steps, dict(trunk=6e-5, aspp=6e-4), batch, accumulate, power=1., rise=1500, decay=.01, batch_norm=True, optimizer='adamw', eval_every=8000)
 
 # %% ../nbs/10_recipes.ipynb #cell-view-2
 _city, _pretrained = published_data('cityscapes', 1024, scale=(.5, 2.)), dict(weights='pretrained')
@@ -659,7 +659,7 @@ add_recipes(*view_recipes('ade20k-segformer', 'segformer', published_data('ade20
 for n in (300, 500, 700, 847):             # of the whole vocabulary; each class has ten more vectors and not one more parameter
     full = published_data('ade20k-full', 512, scale=(.5, 2.), shorter=512)
     full = replace(full, splits={role: {**options, 'classes': n} for role, options in full.splits.items()})
-    add_recipes(*view_recipes(f'ade20k-{n}', 'segformer', full, dict(name='segformer', arch='b0', **_pretrained), 256, adamw(160_000, 16)))
+    add_recipes(*view_recipes(f'ade20k-{n}', 'segformer', full, dict(name='segformer', arch='b0', **_pretrained), 256, adamw(160_000, 4, 4)))
 _view = find_recipe('ade20k-segformer', 'prototype_view')
 WEIGHTS = (.001, .005, .02, .03, .05)      # of Table S3, beside the main recipe's 0.01
 add_recipes(*apart(*(changed(_view, f'{loss}_{w:g}', **{loss: w}) for loss in ('contrast', 'distance') for w in WEIGHTS)))
