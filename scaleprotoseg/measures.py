@@ -226,10 +226,10 @@ def held_out_scores(runs: str | Path, recipe: Recipe, seed: int, stage: str, dat
     kept = folder / 'held_out.json'
     asked = {**options, 'metrics': metrics_digest(folder)}
     if kept.is_file() and (found := read_json(kept)).items() >= asked.items(): return found
-    run = open_run(runs, recipe.experiment, recipe.method, recipe.variant, seed, stage, device)
+    run, made_by = open_run(runs, recipe.experiment, recipe.method, recipe.variant, seed, stage, device), commit()     # of now, not when it ends
     data, place = run.split('val', data_root, **options), next(run.model.parameters()).device
     counts = evaluate(run.model, data, place, recipe.data.evaluation, f'{recipe.name} seed {seed} {stage} held out')
-    found = {**asked, 'images': len(data), 'data': fingerprint(data), 'files': files_digest(data), 'device': device_name(place), 'commit': commit(), **results(run.model, counts, data.labels)}
+    found = {**asked, 'images': len(data), 'data': fingerprint(data), 'files': files_digest(data), 'device': device_name(place), 'commit': made_by, **results(run.model, counts, data.labels)}
     try: write_json(kept, found)
     except OSError as e: warnings.warn(f'{kept} cannot be written ({e}): it is measured again next time', stacklevel=2)
     return found
