@@ -814,7 +814,7 @@ def _read_picture(path: Path) -> str:
     packed = io.BytesIO()
     with Image.open(path) as im:
         caption, (w, h) = im.info.get('Description', ''), im.size
-        im.convert('RGB').save(packed, 'webp', quality=35 if path.stat().st_size > 500_000 else 50, method=6)
+        im.convert('RGB').save(packed, 'webp', quality=30 if path.stat().st_size > 500_000 else 50, method=6)
     source = 'data:image/webp;base64,' + base64.b64encode(packed.getvalue()).decode()
     image = f'<img alt="{escape(caption or path.stem)}" width="{3 * w // 4}" height="{3 * h // 4}" src="{source}">'
     return f'<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>'
