@@ -85,7 +85,7 @@ def read_atlas(folder: str | Path) -> Atlas:
 # %% ../nbs/13_explain.ipynb #cell-12
 def evidence_kind(model: Model) -> str:
     "The field of `Output` that the last layer reads: 'groups' or 'similarities'. ValueError for a black box."
-    if model.prototypes is None: raise ValueError('this model is a black box: it has no prototypes to explain it')
+    model.check_prototypes()
     return 'groups' if isinstance(model.head, GroupHead) else 'similarities'
 
 def evidence_maps(out: Output) -> Tensor:  # (B, C, E, h, w)

@@ -87,7 +87,7 @@ def score_health(model: Model, dataset: Dataset,
                  images: Sequence[int] | None = None,  # indices; None: all
                  progress: str = '') -> list[dict]:    # see `class_health`
     "Health of a model's prototypes, used as a dataset's images use them. ValueError for a black box."
-    if model.prototypes is None: raise ValueError('this model is a black box: it has no prototypes')
+    model.check_prototypes()
     usage = Usage(used_prototypes(model))
     for _, s, out in stream(model, dataset, how, ['similarities'], images, progress): usage.update(out.similarities, s.label[None].to(out.logits.device))
     return class_health(model, usage, dataset.labels.names)

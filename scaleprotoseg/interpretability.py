@@ -244,7 +244,7 @@ def score_parts(model: Model, dataset: Dataset,
     """Consistency and stability of a model's prototypes on a dataset; images without part labels are passed over.
 
     Noise is added to the image as the model gets it, after resizing. ValueError for a black box or a dataset that names no parts."""
-    if model.prototypes is None: raise ValueError('this model is a black box: it has no prototypes to score')
+    model.check_prototypes()
     if not any(dataset.labels.parts): raise ValueError('consistency and stability need part labels, and this dataset names no parts')
     scores = PartScores(tuple(model.prototypes.alive.shape), max(map(len, dataset.labels.parts)), test)
     for _, s, out in stream(model, dataset, how, ['similarities'], images, progress):
@@ -266,7 +266,7 @@ def living_groups(model: Model) -> Tensor:  # (C, G) bool
 # %% ../nbs/09_interpretability.ipynb #cell-39
 def strongest_weights(model: Model) -> Tensor:  # (C, C, S, K): to class, from class; -1 where there is no way
     "Largest |w| of the last layer by which a prototype reaches a class. ValueError for a black box."
-    if model.prototypes is None: raise ValueError('this model is a black box: it has no prototypes')
+    model.check_prototypes()
     last, alive = model.head.last.detach().abs(), used_prototypes(model).transpose(0, 1)                # (C, C, ...), (C, S, K)
     if not isinstance(model.head, GroupHead): return last.masked_fill(~alive, -1.)
     best = last.new_full((len(last), *alive.shape), -1.)

@@ -121,6 +121,10 @@ class Model(nn.Module):
         else: parts |= {'last': list(self.head.parameters())}
         return {name: parameters for name, parameters in parts.items() if parameters}
 
+    def check_prototypes(self):
+        "ValueError for a black box, which has none: nothing in it can be explained."
+        if self.prototypes is None: raise ValueError('this model is a black box: it has no prototypes')
+
     def train_only_(self, names: Iterable[str], batch_norm: bool = False) -> 'Model':
         """Let the named parts train; all others need no gradient and are in eval mode, so that frozen features stay what they were.
 

@@ -33,18 +33,13 @@ if TYPE_CHECKING:   # slow to import: the functions that need them do it for the
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['Key', 'CELL_COLOUR', 'BOX_COLOUR', 'RANK_COLOURS', 'check_prototypes', 'find_patches', 'purity_table', 'Patch',
-           'shrunk', 'read_patches', 'prototype_weights', 'leading_prototypes', 'prototype_name',
-           'plot_nearest_patches', 'Neighbour', 'Place', 'random_cells', 'region_box', 'nearest_prototypes',
-           'neighbour_agreement', 'plot_nearest_prototypes', 'top_cells', 'Overlap', 'random_overlap',
-           'measure_overlap', 'group_pairs', 'group_agreement', 'plot_group_agreement', 'agreement_map',
-           'plot_group_members']
+__all__ = ['Key', 'CELL_COLOUR', 'BOX_COLOUR', 'RANK_COLOURS', 'find_patches', 'purity_table', 'Patch', 'shrunk', 'read_patches',
+           'prototype_weights', 'leading_prototypes', 'prototype_name', 'plot_nearest_patches', 'Neighbour', 'Place',
+           'random_cells', 'region_box', 'nearest_prototypes', 'neighbour_agreement', 'plot_nearest_prototypes',
+           'top_cells', 'Overlap', 'random_overlap', 'measure_overlap', 'group_pairs', 'group_agreement',
+           'plot_group_agreement', 'agreement_map', 'plot_group_members']
 
 # %% ../nbs/13_neighbours.ipynb #cell-07
-def check_prototypes(model: Model):
-    "ValueError for a black box."
-    if model.prototypes is None: raise ValueError('this model is a black box: it has no prototypes to be near to')
-
 def find_patches(model: Model, dataset: Dataset,
                  how: Evaluation = Evaluation(),     # noqa: B008, frozen
                  n: int = 3,                         # patches to keep per prototype, one an image
@@ -54,7 +49,7 @@ def find_patches(model: Model, dataset: Dataset,
     """The nearest patches of every living prototype in a split; one pass, a few numbers per patch.
 
     Of equal distances the earlier image and the earlier cell come first. ValueError for a black box."""
-    check_prototypes(model)
+    model.check_prototypes()
     seen = NearestPatches(model.prototypes, n)
     images = None if images is None else sorted(set(images))
     for i, sample, out in stream(model, dataset, how, ('distances',), images, progress):
@@ -321,7 +316,7 @@ def nearest_prototypes(model: Model, dataset: Dataset,
 
     Cells depend on the seed, the image's id and its labels alone; void ones are never chosen. Of equal distances the
     finer scale, the lower class, the lower number comes first. ValueError for a black box."""
-    check_prototypes(model)
+    model.check_prototypes()
     dead = ~(model.prototypes.alive if used is None else used.to(model.prototypes.alive.device) & model.prototypes.alive)
     n, places = min(n, int((~dead).sum())), []
     images = None if images is None else sorted(set(images))
@@ -445,7 +440,7 @@ def measure_overlap(model: Model, dataset: Dataset,
                     progress: str = '',                 # title of the progress bar; '': none
                    ) -> Overlap:
     "IoU of the marks of every two prototypes of a class, averaged over the images that show the class; one pass."
-    check_prototypes(model)
+    model.check_prototypes()
     S, C, K = model.prototypes.alive.shape
     total, count = torch.zeros(C, S * K, S * K, dtype=torch.float64), torch.zeros(C, dtype=torch.int64)
     size, largest, chance = torch.zeros(C, dtype=torch.int64), torch.full((C,), -1), torch.zeros(C, dtype=torch.float64)

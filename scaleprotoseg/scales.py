@@ -176,7 +176,7 @@ def plot_components(rows: Sequence[Mapping],  # see `Components.table`
 # %% ../nbs/09_scales.ipynb #cell-30
 def scale_rates(model: Model) -> tuple[int, ...]:
     "Dilation rate of every scale; ValueError if the model has no prototypes, only one scale, or scales that are levels and not rates."
-    if model.prototypes is None: raise ValueError('this model is a black box: it has no prototypes to compare across scales')
+    model.check_prototypes()
     if len(model.prototypes.alive) < 2:
         raise ValueError('this model has prototypes of one scale only: quasi-equivariance compares two scales. '
                          'Use a model with one scale per branch of its ASPP, such as scaleprotoseg')
