@@ -44,10 +44,10 @@ __all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BE
            'other_draws', 'faithful', 'collect_published', 'published_references', 'accuracy_table', 'steps_table',
            'plain_table', 'Case', 'size_cases', 'diversity_cases', 'threshold_cases', 'weight_cases', 'length_cases',
            'entropy_cases', 'plot_lengths', 'ablation_table', 'Claim', 'claims', 'claims_pairs', 'claims_table',
-           'plot_claims', 'claims_runs', 'shown', 'save_table', 'save_figure', 'distinct', 'provenance_text',
-           'duration', 'used_runs', 'methods_again', 'claims_again', 'save_again', 'Run', 'open_run', 'provenance_of',
-           'busiest_classes', 'plot_comparison', 'read_title', 'write_contents', 'build_report', 'check_there',
-           'without_leftovers', 'save_results', 'pack_results']
+           'claims_caption', 'plot_claims', 'claims_runs', 'shown', 'save_table', 'save_figure', 'distinct',
+           'provenance_text', 'duration', 'used_runs', 'methods_again', 'claims_again', 'save_again', 'Run', 'open_run',
+           'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title', 'write_contents', 'build_report',
+           'check_there', 'without_leftovers', 'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-11
 def published(name: str,                              # e.g. scaleprotoseg_table_01
@@ -372,7 +372,7 @@ _QUESTIONS = {   # variant -> what it asks
     'no_diversity': 'What is the diversity loss worth?', 'shifted_labels': 'What do the published, shifted labels of the diversity loss cost?',
     'legacy': "What do the published program's faults cost?", 'one_scale': 'Is it the scales, or the number of prototypes?',
     'one_rate': 'Is it the scales, or the features of four maps?',
-    'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What does better training add?',
+    'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What do weights of classes add?',
     'lovasz_last': 'What does a Lovász loss add to the stages after projection?', 'balanced_last': 'What if rare classes count more in the stages after projection?',
     'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?',
     'joint10x': 'What does a joint training ten times as long add?', 'joint33x': 'What does a joint training 33 times as long, about as many updates as published, add?',
@@ -382,7 +382,7 @@ _QUESTIONS = {   # variant -> what it asks
     'warped': 'What do a small distortion and blur add?',
     'zoomed': 'What if training images are zoomed?', 'unwarped': 'What if training images are not distorted and blurred?',
     'plain': 'What if the network has no ASPP, another normalisation and no weight decay?', 'every_third': 'What if other slices are held out, every third?',
-    'plus3x': 'What does better training add to a longer one?', 'plus10x': 'What does better training add to one ten times as long?',
+    'plus3x': 'What do weights of classes add to a longer training?', 'plus10x': 'What do weights of classes add to a training ten times as long?',
     'balanced_last3x': 'What if rare classes count more in the stages after a longer training?',
     'balanced_last10x': 'What if rare classes count more in the stages after a training ten times as long?'}
 
@@ -391,8 +391,8 @@ _AGAINST = {   # variants that vary another variant instead of the main recipe
     **dict.fromkeys(('plus10x', 'no_zoom10x', 'wide10x', 'rescaled10x', 'balanced_last10x'), 'joint10x'), 'rescaled33x': 'joint33x'}
 
 BETTER = {   # variants that train all methods in another way than the papers
-    'plus': 'with better training', 'joint3x': 'with longer training', 'joint10x': 'with a training ten times as long', 'joint33x': 'with a training 33 times as long',
-    'plus3x': 'with better and longer training', 'plus10x': 'with better training ten times as long'}
+    'plus': 'with weights of classes', 'joint3x': 'with longer training', 'joint10x': 'with a training ten times as long', 'joint33x': 'with a training 33 times as long',
+    'plus3x': 'with weights of classes and longer training', 'plus10x': 'with weights of classes and a training ten times as long'}
 
 LAST = {   # variants that train the stages after projection in another way
     'balanced_last': 'with weights of classes in the last stages', 'balanced_last3x': 'with weights of classes in the last stages of a longer training',
@@ -451,7 +451,8 @@ def _plain_question(r: Recipe, main: Mapping[str, Recipe]) -> str:
 
 def claims_pairs(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                  asked: Iterable[Claim]) -> pd.DataFrame:
-    """A row per claim and pair: mIoU of both models in percent, their difference in points, and the prototypes each uses (None if it has none).
+    """A row per claim and pair: mIoU of both models in percent, their difference in points, the prototypes each uses (None if it has none), and
+    whether both were trained on the same model of device.
 
     A pair is a seed, on one division of the images into training and validation, that both models have; but where the division is
     what differs (`every_third`) it is a seed alone."""
@@ -463,8 +464,8 @@ def claims_pairs(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                          for x in (claim.this, claim.against))
         for division, seed in sorted(this.keys() & against.keys()):
             a, b = this[division, seed], against[division, seed]
-            rows.append([*_named(claim), division, seed, a.miou, b.miou, a.miou - b.miou, _used(a), _used(b)])
-    return pd.DataFrame(rows, columns=[*_CLAIM, 'division', 'seed', 'miou', 'against_miou', 'difference', 'prototypes', 'against_prototypes'], dtype=object)
+            rows.append([*_named(claim), division, seed, a.miou, b.miou, a.miou - b.miou, _used(a), _used(b), a.device == b.device])
+    return pd.DataFrame(rows, columns=[*_CLAIM, 'division', 'seed', 'miou', 'against_miou', 'difference', 'prototypes', 'against_prototypes', 'one_device'], dtype=object)
 
 def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                  asked: Iterable[Claim]) -> pd.DataFrame:
@@ -476,6 +477,15 @@ def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
         rows.append([*_named(claim), len(pairs), *(mean(pairs[x]) for x in ('miou', 'against_miou', 'difference')),
                      statistics.stdev(pairs.difference) if len(pairs) > 1 else None, *(whole(mean(pairs[x])) for x in ('prototypes', 'against_prototypes'))])
     return pd.DataFrame(rows, columns=[*_CLAIM, 'pairs', 'miou', 'against_miou', 'difference', 'std', 'prototypes', 'against_prototypes'], dtype=object)
+
+def claims_caption(pairs: pd.DataFrame,  # of `claims_pairs`
+                   asked: Sequence[Claim]) -> str:
+    "What a table of claims shows, how many of them have no pair yet, and in which the two models of a pair were trained on different devices."
+    absent, seen = len(asked) - pairs.groupby(_CLAIM).ngroups, pairs[~pairs.one_device.astype(bool)]
+    apart = '; '.join(dict.fromkeys(f'{r.this} against {r.against}' for r in seen.itertuples()))
+    return ' '.join(['mIoU in percent of two models, prototypes in use, and mean and standard deviation of the difference over pairs that share a seed.',
+                     *([f'{absent} of {len(asked)} questions have no pair yet.'] if absent else []),
+                     *([f'Trained on different machines (or one was not noted), which alone moves a score: {apart}.'] if apart else [])])
 
 def plot_claims(pairs: Mapping[str, pd.DataFrame],  # `claims_pairs` by what they were measured on
                 width: float = 9.,                  # inches
