@@ -17,6 +17,7 @@ import atexit
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -106,12 +107,27 @@ class StepBatches(torch.utils.data.Dataset):
 
     def loader(self, order: list[range], workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         "One batch for every range of positions; workers live as long as the iterator, that is for a whole stage."
-        return iter(torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=_leave_signals,
-                                                pin_memory=torch.cuda.is_available()))
+        batches = torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=_leave_signals,
+                                              pin_memory=torch.cuda.is_available())
+        _end_workers_at_exit()
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)      # a worker that has just started does not leave them alone yet
+        try: return iter(batches)
+        finally: signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+_STOPS = {signal.SIGINT, signal.SIGTERM}
 
 def _leave_signals(worker: int):
     "A cluster signals all processes of a job: what a stop means is for the main one to say, which ends its workers."
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    for s in _STOPS: signal.signal(s, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+
+@cache
+def _end_workers_at_exit():
+    "Workers do not hear the SIGTERM by which a program that fails would end them, and it would wait for them for ever."
+    def end():
+        for child in multiprocessing.active_children():
+            if child.daemon: child.kill()
+    atexit.register(end)
 
 # %% ../nbs/12_training.ipynb #cell-09
 def stage_losses(out: Output,     # with distances if diversity has a weight

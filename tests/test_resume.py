@@ -243,15 +243,27 @@ from scaleprotoseg.data import open_dataset
 from scaleprotoseg.recipes import find_recipe
 from scaleprotoseg.training import StepBatches
 batches = StepBatches(open_dataset('partscapes', 'train', n=2, size=(64, 96)), find_recipe('smoke', 'protoseg').data, [0.] * 3, 0, 'joint')
-loader = batches.loader([range(p, p + 1) for p in range(40)], workers=2)
-next(loader)
 signal.signal(signal.SIGTERM, lambda *a: print('asked'))
+loader = batches.loader([range(p, p + 1) for p in range(40)], workers=2)      # which have hardly started
+'''
+ASKED = GROUP + '''
 os.killpg(0, signal.SIGTERM)
 time.sleep(.5)
 print(sum(1 for _ in loader))
 '''
+ONE_DIES = GROUP + '''
+import multiprocessing
+next(loader)
+os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+sum(1 for _ in loader)
+'''
 
 
 def test_a_signal_to_all_processes_of_a_job_leaves_the_loaders_workers_alone():
-    done = subprocess.run([sys.executable, '-c', GROUP], capture_output=True, text=True, start_new_session=True)
-    assert done.stdout.split() == ['asked', '39'], done.stderr
+    done = subprocess.run([sys.executable, '-c', ASKED], capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert done.stdout.split() == ['asked', '40'], done.stderr
+
+
+def test_a_program_whose_worker_died_ends():
+    done = subprocess.run([sys.executable, '-c', ONE_DIES], capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert done.returncode == 1 and 'exited unexpectedly' in done.stderr
