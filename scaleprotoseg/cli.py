@@ -313,8 +313,8 @@ def notebook(context: typer.Context, source: Path, target: Path,
              parameter: Annotated[list[str], typer.Option('-p', help='name=value, value as JSON or plain text.')] = []):  # noqa: B006
     "Run a parameterised notebook; unknown parameters and wrong types are errors."
     _not_handed_on(context, 'a notebook has a kernel of its own; `figures` runs notebooks here')
-    from scaleprotoseg.notebooks import check_parameters, notebook_parameters, run_notebook
-    from scaleprotoseg.report import check_there, without_leftovers
+    from scaleprotoseg.notebooks import check_parameters, notebook_parameters, run_notebook, without_leftovers
+    from scaleprotoseg.records import check_there
     given = dict(_parameter(p) for p in parameter)
     try:
         check_parameters(source, given)

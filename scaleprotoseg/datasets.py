@@ -20,7 +20,6 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2.functional import InterpolationMode, resize
 from tqdm.auto import tqdm
 
 from .basics import lookup, read_json, write_json
@@ -474,6 +473,7 @@ in the root or in its folder ade20k-full; or the content of ADE20K_2021_17_01 in
         x, seg = read_pixels(image), read_pixels(label)
         if x.shape != seg.shape: raise ValueError(f'sizes differ: {image} has {tuple(x.shape[1:])} but its label map {label} {tuple(seg.shape[1:])} rows and columns')
         if (shorter := min(x.shape[1:])) > self.shorter:
+            from torchvision.transforms.v2.functional import InterpolationMode, resize      # takes a second; tables need none of it
             size = [n * self.shorter // shorter for n in x.shape[1:]]
             x = resize(x, size, InterpolationMode.BILINEAR, antialias=True)
             seg = resize(seg, size, InterpolationMode.NEAREST_EXACT)

@@ -13,13 +13,14 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from .basics import lookup, read_json, replace_file
 
 # %% auto #0
 __all__ = ['notebook_parameters', 'check_parameters', 'NotebookFailed', 'run_notebook', 'run_cells', 'without_machine_paths',
-           'smaller_pictures']
+           'smaller_pictures', 'without_leftovers']
 
 # %% ../nbs/11_notebooks.ipynb #cell-run-01
 _TYPES = {'str': str, 'int': int, 'float': (int, float), 'bool': bool, 'list': (list, tuple), 'dict': dict}
@@ -134,3 +135,18 @@ def _machine_roots():
     for root, short in pairs.items():
         yield root, short
         yield root[:-1], '…' if short else '.'
+
+# %% ../nbs/11_notebooks.ipynb #cell-run-12
+def _belongs(path: Path, name: str) -> bool: return path.stem == name or path.stem.startswith(f'{name}_')
+
+@contextmanager
+def without_leftovers(folder: Path, name: str):
+    """While the notebook `name` saves its results in `folder`; if it succeeds, what an earlier run of it left there and this one did not write again is
+    deleted, so that old pictures do not stand beside new tables."""
+    kinds = ('.csv', '.md', '.tex', '.png', '.pdf')
+    def there(): return {(p, s.st_ino, s.st_mtime_ns) for p in folder.glob(f'{name}*') if p.suffix in kinds and _belongs(p, name) for s in [p.stat()]}
+    before = there()
+    yield
+    old = sorted(p for p, *_ in before & there())
+    for p in old: p.unlink()
+    if old: print(f'{folder}: {len(old)} files of an earlier run of {name} removed: {", ".join(p.name for p in old[:3])}{", …" * (len(old) > 3)}')

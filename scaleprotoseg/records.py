@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .basics import read_json, replace_file
+from .basics import from_root, read_json, replace_file
 from .contents import is_ablation, main_experiment
 from .recipes import Recipe, known_recipes
 from .runs import is_finished, read_metrics, run_folder
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['RECORDED', 'COLUMNS', 'NEAR', 'VERDICTS', 'stage_key', 'Finished', 'stage_facts', 'metrics_digest', 'finished_stage',
-           'finished_seeds', 'finished', 'read_record', 'collect', 'rows_of', 'record', 'verify', 'verified']
+           'finished_seeds', 'finished', 'read_record', 'check_there', 'collect', 'rows_of', 'record', 'verify',
+           'verified']
 
 # %% ../nbs/15_records.ipynb #cell-05
 def stage_key(recipe: Recipe, seed: int, stage: str) -> str:
@@ -141,6 +142,15 @@ def _read_line(key: str, facts: dict, recipes: dict[str, Recipe]) -> Finished | 
     (name, seed, stage), _, _ = key.split('/'), facts['recipe'], float(facts['metrics']['miou'])
     f = Finished(recipes.get(name), int(seed.removeprefix('seed')), stage, facts, None)
     return f if f.recipe and stage in {s.name for s in f.recipe.stages} else None
+
+# %% ../nbs/15_records.ipynb #cell-07b
+def check_there(experiment: str, runs: str | Path, recorded: str | Path = ''):
+    "FileNotFoundError if there is no finished run to make results of, before results that are there become empty tables."
+    runs, recorded = from_root(runs), recorded and from_root(recorded)       # as notebooks do
+    if recorded and not recorded.is_dir(): raise FileNotFoundError(f'there is no folder of records {recorded}')
+    if finished(runs, experiment, with_main=True, recorded=recorded): return
+    also = f', nor in {recorded}' if recorded else f'; train it, or let recorded runs stand in ({RECORDED}), where scores are all that is asked for'
+    raise FileNotFoundError(f'no finished run of {experiment} in {runs}{also}')
 
 # %% ../nbs/15_records.ipynb #cell-08
 COLUMNS = ('method', 'variant', 'stage', 'seed', 'miou', 'accuracy', 'alive', 'total', 'active', 'group_average',

@@ -12,7 +12,6 @@ import statistics
 import sys
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -29,9 +28,9 @@ from .evaluation import segment
 from .explain import Atlas, read_atlas
 from .interpretability import used_prototypes
 from .model import Model, load_model, pick_device, read_config
-from .notebooks import NotebookFailed, _read_notebook, run_cells
+from .notebooks import NotebookFailed, _belongs, _read_notebook, run_cells, without_leftovers
 from .recipes import Recipe, experiments, find_recipe, known_recipes, recipes_of
-from .records import COLUMNS, RECORDED, Finished, collect, finished, finished_stage, read_record, rows_of, stage_facts, verified, verify
+from .records import COLUMNS, RECORDED, Finished, check_there, collect, finished, finished_stage, read_record, rows_of, stage_facts, verified, verify
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +46,7 @@ __all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BE
            'claims_caption', 'plot_claims', 'claims_runs', 'shown', 'save_table', 'save_figure', 'distinct',
            'provenance_text', 'duration', 'used_runs', 'methods_again', 'claims_again', 'save_again', 'Run', 'open_run',
            'provenance_of', 'busiest_classes', 'plot_comparison', 'read_title', 'write_contents', 'build_report',
-           'check_there', 'without_leftovers', 'save_results', 'pack_results']
+           'save_results', 'pack_results']
 
 # %% ../nbs/15_report.ipynb #cell-11
 def published(name: str,                              # e.g. scaleprotoseg_table_01
@@ -837,8 +836,6 @@ def read_title(notebook: Path) -> tuple[str, str]:
             next((line[2:] for line in lines if line.startswith('> ')), ''))
 
 # %% ../nbs/15_report.ipynb #cell-62
-def _belongs(path: Path, name: str) -> bool: return path.stem == name or path.stem.startswith(f'{name}_')
-
 def _source(paper: str, name: str) -> Path: return from_root(f'nbs/paper/{paper}/{name}.ipynb')
 
 def _section(folder: Path, name: str) -> str:
@@ -974,26 +971,6 @@ def build_report(experiment: str, figures: str | Path = 'figures', runs: str | P
     return out / 'report.html'
 
 # %% ../nbs/15_report.ipynb #cell-travel-1
-def check_there(experiment: str, runs: str | Path, recorded: str | Path = ''):
-    "FileNotFoundError if there is no finished run to make results of, before results that are there become empty tables."
-    runs, recorded = from_root(runs), recorded and from_root(recorded)       # as notebooks do
-    if recorded and not recorded.is_dir(): raise FileNotFoundError(f'there is no folder of records {recorded}')
-    if finished(runs, experiment, with_main=True, recorded=recorded): return
-    also = f', nor in {recorded}' if recorded else f'; train it, or let recorded runs stand in ({RECORDED}), where scores are all that is asked for'
-    raise FileNotFoundError(f'no finished run of {experiment} in {runs}{also}')
-
-@contextmanager
-def without_leftovers(folder: Path, name: str):
-    """While the notebook `name` saves its results in `folder`; if it succeeds, what an earlier run of it left there and this one did not write again is
-    deleted, so that old pictures do not stand beside new tables."""
-    kinds = ('.csv', '.md', '.tex', '.png', '.pdf')
-    def there(): return {(p, s.st_ino, s.st_mtime_ns) for p in folder.glob(f'{name}*') if p.suffix in kinds and _belongs(p, name) for s in [p.stat()]}
-    before = there()
-    yield
-    old = sorted(p for p, *_ in before & there())
-    for p in old: p.unlink()
-    if old: print(f'{folder}: {len(old)} files of an earlier run of {name} removed: {", ".join(p.name for p in old[:3])}{", …" * (len(old) > 3)}')
-
 def save_results(experiment: str, runs: str | Path = 'runs', figures: str | Path = 'figures', data_root: str | Path | None = None,
                  recorded: str | Path = '',   # as for `finished`: for the notebooks that read scores alone
                 ) -> Path:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
 from .data import Labels, Sample, in_unit
@@ -73,6 +72,7 @@ def warp(image: Tensor,           # (3, h, w) float32
          fill: Sequence[float]    # colour of what comes from outside the image
         ) -> tuple[Tensor, Tensor]:
     "The same map for image (bilinear, `fill` outside) and label (nearest, void outside); then blur."
+    import torchvision.transforms.v2.functional as TF      # takes a second; most trainings do not warp
     h, w = label.shape
     pick = lambda r: float(rng.uniform(-r, r))
     angle, shift, zoom, shear = pick(how.degrees), [pick(how.translate) * w, pick(how.translate) * h], float(rng.uniform(*how.scale)), [pick(how.shear), 0.]

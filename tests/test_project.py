@@ -85,7 +85,7 @@ def test_import_is_quick_and_needs_only_the_core():
 
 
 def test_what_the_command_line_lists_needs_no_torch():
-    code = ("import sys; from scaleprotoseg import cli, contents, notebooks;"
+    code = ("import sys; from scaleprotoseg import cli, contents, notebooks, records;"
             "sys.argv = ['scaleprotoseg', 'list', 'demo'];"
             "cli.app(standalone_mode=False);"
             "assert not {'torch', 'torchvision', 'pandas', 'matplotlib', 'papermill'} & set(sys.modules), 'slow to start'")

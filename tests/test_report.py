@@ -15,7 +15,8 @@ from saved import finish, finish_demo
 from scaleprotoseg import report
 from scaleprotoseg.contents import PAPER_NOTEBOOKS, main_experiment, main_table, paper_notebooks
 from scaleprotoseg.data import Labels, Sample
-from scaleprotoseg.notebooks import NotebookFailed, check_parameters, notebook_parameters, run_cells, run_notebook, without_machine_paths
+from scaleprotoseg.notebooks import (NotebookFailed, check_parameters, notebook_parameters, run_cells, run_notebook, without_leftovers,
+                                     without_machine_paths)
 from scaleprotoseg.recipes import experiments, find_recipe, recipes_of
 from scaleprotoseg.records import collect
 from scaleprotoseg.report import (STEPS, ablation_table, accuracy_table, build_report, claims_runs, collect_published, compare, compared, entropy_cases, faithful,
@@ -488,10 +489,10 @@ def test_pictures_of_an_earlier_run_do_not_stand_beside_new_tables(tmp_path, cap
         for name in names: save_figure(Figure(), tmp_path / name)
     save('figure_04_a', 'figure_04_b', 'figure_041')
     (tmp_path / 'figure_04.ipynb').write_text('{}')
-    with report.without_leftovers(tmp_path, 'figure_04'): save('figure_04_b', 'figure_04_c')
+    with without_leftovers(tmp_path, 'figure_04'): save('figure_04_b', 'figure_04_c')
     assert 'figure_04_a' in capsys.readouterr().out
     assert {p.name for p in tmp_path.glob('*.png')} == {'figure_04_b.png', 'figure_04_c.png', 'figure_041.png'} and (tmp_path / 'figure_04.ipynb').is_file()
-    with pytest.raises(RuntimeError), report.without_leftovers(tmp_path, 'figure_04'): raise RuntimeError('failed')
+    with pytest.raises(RuntimeError), without_leftovers(tmp_path, 'figure_04'): raise RuntimeError('failed')
     assert (tmp_path / 'figure_04_c.pdf').is_file()                                    # nothing is lost by a failure
 
 

@@ -167,6 +167,7 @@ def test_results_travel_from_a_host_without_jupyter(whole, tmp_path):
 
 def test_killed_parent_then_the_same_command_ends_with_the_same_numbers(whole, tmp_path):
     folder, recipe = checkout(tmp_path), find_recipe('smoke', 'protoseg')
+    shutil.copytree(whole / 'runs/smoke/pretrain', folder / 'runs/smoke/pretrain')
     command = [*COMMAND, '--target', f'runs/{recipe.name}/seed0/finished-{recipe.graph_digest()}.json']
     with (tmp_path / 'first.log').open('w') as log:
         first = subprocess.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
