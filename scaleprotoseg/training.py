@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from functools import cache, cached_property, lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -109,10 +109,12 @@ class StepBatches(torch.utils.data.Dataset):
         "One batch for every range of positions; workers live as long as the iterator, that is for a whole stage."
         batches = torch.utils.data.DataLoader(self, batch_size=None, sampler=order, num_workers=workers, worker_init_fn=_leave_signals,
                                               pin_memory=torch.cuda.is_available())
-        _end_workers_at_exit()
+        others = set(multiprocessing.active_children())
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)      # a worker that has just started does not leave them alone yet
         try: return iter(batches)
-        finally: signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+            _end_at_exit(set(multiprocessing.active_children()) - others)
 
 _STOPS = {signal.SIGINT, signal.SIGTERM}
 
@@ -121,13 +123,12 @@ def _leave_signals(worker: int):
     for s in _STOPS: signal.signal(s, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
-@cache
-def _end_workers_at_exit():
+def _end_at_exit(workers: set[multiprocessing.Process]):
     "Workers do not hear the SIGTERM by which a program that fails would end them, and it would wait for them for ever."
     def end():
-        for child in multiprocessing.active_children():
-            if child.daemon: child.kill()
-    atexit.register(end)
+        for worker in workers:
+            if worker.is_alive(): worker.kill()
+    if workers: atexit.register(end)
 
 # %% ../nbs/12_training.ipynb #cell-09
 def stage_losses(out: Output,     # with distances if diversity has a weight
