@@ -204,7 +204,7 @@ def _same(a: Finished, b: Finished) -> bool:
     return all(a.facts['metrics'].get(k) == b.facts['metrics'].get(k) for k in ('miou', 'accuracy', 'iou', 'prototypes'))
 
 # %% ../nbs/15_records.ipynb #cell-16
-NEAR = 2.   # points of mIoU; another machine moved the stages of the demo by up to 1.4 (figures/again/demo.md)
+NEAR = 2.   # points of mIoU; another machine moved the stages of the demo by up to 1.35 (figures/again/demo.md)
 
 VERDICTS = {'same': 'the same scores to the last digit', 'close': f'close (within {NEAR:g} points)', 'like another seed': 'as far as another seed (within two deviations over seeds)',
             'differs': 'not the same',

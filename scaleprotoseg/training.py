@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -125,8 +126,9 @@ def _leave_signals(worker: int):
 
 def _end_at_exit(workers: set[multiprocessing.Process]):
     "Workers do not hear the SIGTERM by which a program that fails would end them, and it would wait for them for ever."
+    there = weakref.WeakSet(workers)      # the dead keep nothing open
     def end():
-        for worker in workers:
+        for worker in there:
             if worker.is_alive(): worker.kill()
     if workers: atexit.register(end)
 
