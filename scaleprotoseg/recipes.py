@@ -562,12 +562,15 @@ def protoseg_ablations(r: Recipe) -> list[Recipe]:
 
 def claim_ablations(proto: Recipe, scale: Recipe) -> list[Recipe]:
     """What the papers claim of their parts: the diversity loss (off; in joint training as published, its labels shifted), the number of prototypes,
-    and whether it is the scales (one scale with as many prototypes as four; four maps of one dilation, the lower middle one)."""
-    scales, per_class = (scale.model[k] for k in ('scales', 'per_class'))
+    and whether it is the scales (one scale with as many prototypes as four, also with as many features; four maps of one dilation, the lower
+    middle one)."""
+    scales, per_class, channels = (scale.model[k] for k in ('scales', 'per_class', 'channels'))
+    one_scale = {'scales': 1, 'per_class': scales * per_class}
     one_rate = {'backbone': {**scale.model['backbone'], 'rates': (12,) * scales}}
     return [changed(proto, 'no_diversity', diversity=0.), changed(proto, 'shifted_labels', legacy_labels=in_stage('joint', True)),
             changed(scale, 'no_diversity', diversity=0.), *(changed(scale, f'k{k}', {'per_class': k}) for k in (1, 5)),
-            changed(scale, 'one_scale', {'scales': 1, 'per_class': scales * per_class}), changed(scale, 'one_rate', one_rate)]
+            changed(scale, 'one_scale', one_scale), changed(scale, 'one_scale_wide', {**one_scale, 'channels': scales * channels}),
+            changed(scale, 'one_rate', one_rate)]
 
 def plus(r: Recipe) -> Recipe:
     "Not from the papers: the same network, prototypes and schedule, with rare classes counting more in the cross-entropy of every stage."

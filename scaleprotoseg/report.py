@@ -370,7 +370,8 @@ class Claim:
 _QUESTIONS = {   # variant -> what it asks
     'no_diversity': 'What is the diversity loss worth?', 'shifted_labels': 'What do the published, shifted labels of the diversity loss cost?',
     'legacy': "What do the published program's faults cost?", 'one_scale': 'Is it the scales, or the number of prototypes?',
-    'one_rate': 'Is it the scales, or the features of four maps?',
+    'one_scale_wide': 'Is it four maps, or the number of their features?',
+    'one_rate': 'Is it the scales, or four maps?',
     'no_entropy': 'What does the entropy of groups cost?', 'plus': 'What do weights of classes add?',
     'lovasz_last': 'What does a Lovász loss add to the stages after projection?', 'balanced_last': 'What if rare classes count more in the stages after projection?',
     'fixed_last': 'What if the last layer stays as it starts while groups are trained?', 'joint3x': 'What does a joint training three times as long add?',

@@ -85,7 +85,7 @@ def test_a_new_option_at_its_default_does_not_change_a_digest():
 
 
 CHANGED = {   # by ablation; the others change stages alone
-    **dict.fromkeys(('k1', 'k4', 'k5', 'k20', 'k50', 'd128', 'd256', 'one_scale', 'one_rate', 'coco'), {'model'}),
+    **dict.fromkeys(('k1', 'k4', 'k5', 'k20', 'k50', 'd128', 'd256', 'one_scale', 'one_scale_wide', 'one_rate', 'coco'), {'model'}),
     **dict.fromkeys(('push_train_aug', 'no_zoom', 'warped', 'every_third', 'zoomed', 'unwarped'), {'data'}),
     **dict.fromkeys(('sgd_coco', 'plain', 'wide3x', 'wide10x'), {'model', 'stages'}), **dict.fromkeys(('no_zoom3x', 'no_zoom10x'), {'data', 'stages'})}
 
