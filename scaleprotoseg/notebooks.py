@@ -27,10 +27,19 @@ _TYPES = {'str': str, 'int': int, 'float': (int, float), 'bool': bool, 'list': (
 
 def notebook_parameters(notebook: str | Path) -> dict[str, dict]:
     "Name → type name, default and help of each parameter. ValueError without a cell tagged `parameters`."
-    import papermill
     _tagged(_read_notebook(Path(notebook))['cells'], notebook)
     return {name: {'type': p['inferred_type_name'], 'default': p['default'], 'help': p['help']}
-            for name, p in papermill.inspect_notebook(str(notebook)).items()}
+            for name, p in _papermill().inspect_notebook(str(notebook)).items()}
+
+def _papermill():
+    """papermill. With it comes jsonschema, which compiles a grammar of internet addresses for a check that notebooks do not ask for, longer than all
+    else takes to import; it does without where that grammar is not installed."""
+    grammar = 'rfc3987_syntax'
+    kept_out = sys.modules.setdefault(grammar, None) is None       # importing it fails, which jsonschema expects
+    try: import papermill
+    finally:
+        if kept_out: del sys.modules[grammar]
+    return papermill
 
 def _tagged(cells: list[dict], notebook: str | Path) -> list[str]:
     "The code of the cells of defaults. ValueError without one."
@@ -61,9 +70,9 @@ def run_notebook(source: str | Path, target: str | Path, parameters: Mapping) ->
 
     Raises what `check_parameters` raises, and `NotebookFailed` with the cell and its error; `target` stays as it was.
     """
-    import nbformat
     check_parameters(source, parameters)
     target, notebook = Path(target), _execute(Path(source), dict(parameters))
+    import nbformat
     target.parent.mkdir(parents=True, exist_ok=True)
     notebook.metadata['papermill'] |= {'input_path': str(source), 'output_path': str(target)}
     private = [(v, f'…/{Path(v).name}') for v in parameters.values() if isinstance(v, str) and Path(v).is_absolute() and Path(v).name]   # e.g. data_root
@@ -76,8 +85,8 @@ def _execute(source: Path, parameters: dict):
 
     Kernels that start at the same time may choose the same TCP port, and by default also the same socket file,
     `kernel-ipc` in the current directory: so every kernel gets a folder of sockets of its own where the system has them."""
-    import papermill
     from traitlets.config import Config
+    papermill = _papermill()
     with tempfile.TemporaryDirectory(prefix='kernel-') as folder:
         sockets = os.name == 'posix' and len(folder) < 90     # the path of a socket has at most 103 characters
         config = Config({'KernelManager': {'transport': 'ipc', 'ip': f'{folder}/s'} if sockets else {}})

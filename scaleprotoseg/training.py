@@ -241,7 +241,7 @@ class Job:
     seed: int
     out: Path
     data_root: Path | None
-    fabric: object            # lightning.fabric.Fabric: device, precision, gradients
+    fabric: object            # lightning_fabric.Fabric: device, precision, gradients
     stop: Callable[[], str]   # reason to stop now, or ''
     precision: str = '32-true'
     images: dict = field(default_factory=dict)              # of every split, see `check_data`
@@ -832,7 +832,7 @@ def processes(devices: int = 0) -> tuple[int, int]:  # per machine, machines
 
 def _precision_plugin(precision):
     "For Fabric. Its own for float64 hands on what a network gives as float32, where several processes train."
-    from lightning.fabric.plugins.precision import DoublePrecision, Precision
+    from lightning_fabric.plugins.precision import DoublePrecision, Precision
     class Double(DoublePrecision):
         def convert_output(self, data): return data
     return Double() if precision == '64-true' else Precision()         # mixed: `Job.mixed` says where
@@ -842,9 +842,9 @@ def make_fabric(device: str, precision: str, devices: int = 0):
     """Lightning Fabric on one device, or on several by `DistributedDataParallel`, see `processes`.
 
     ValueError if this machine has no such device or it has no such precision."""
-    from lightning.fabric import Fabric   # slow to import, needed nowhere else
-    from lightning.fabric.strategies import DDPStrategy
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning_fabric import Fabric   # slow to import, needed nowhere else
+    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
     if precision not in PRECISIONS: raise ValueError(f'cannot use device {device!r} with precision {precision!r}; known: {", ".join(PRECISIONS)}')
     place, (each, machines), told = pick_device(device), processes(devices), _precision_plugin(precision)
     try:

@@ -119,9 +119,9 @@ def pretend():
     model.pick_device = lambda name='auto': DEVICE if name == 'auto' or is_elsewhere(name) else there(name)
     torch.accelerator.synchronize = lambda device=None: None
     import scaleprotoseg.training as training
-    from lightning.fabric import Fabric
-    from lightning.fabric.accelerators import CPUAccelerator
-    from lightning.fabric.strategies import SingleDeviceStrategy
+    from lightning_fabric import Fabric
+    from lightning_fabric.accelerators import CPUAccelerator
+    from lightning_fabric.strategies import SingleDeviceStrategy
 
     class Accelerator(CPUAccelerator):
         def setup_device(self, device): pass

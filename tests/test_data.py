@@ -70,7 +70,7 @@ def test_keys_do_not_run_together():
 
 
 def test_import_is_light():
-    heavy = ['cv2', 'matplotlib', 'timm', 'torchvision', 'lightning', 'pandas']
+    heavy = ['cv2', 'matplotlib', 'timm', 'torchvision', 'lightning_fabric', 'pandas']
     code = f'import sys, scaleprotoseg.data; print([m for m in {heavy} if m in sys.modules])'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == '[]'

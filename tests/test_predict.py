@@ -168,7 +168,7 @@ def test_chunks_change_nothing_but_rounding(predictors, array, monkeypatch, head
 
 
 def test_import_is_light():
-    code = ("import sys, scaleprotoseg.predict; print([m for m in ('lightning', 'torchmetrics', 'matplotlib', 'pandas', "
+    code = ("import sys, scaleprotoseg.predict; print([m for m in ('lightning_fabric', 'matplotlib', 'pandas', "
             "'scaleprotoseg.training') if m in sys.modules])")
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'

@@ -184,7 +184,7 @@ def test_stopped_and_run_again_is_the_same_run(fault, pretrained, two, tmp_path)
 
 
 def test_a_run_that_ends_is_not_killed_for_a_process_that_is_slower_to_leave():
-    from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+    from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
     asleep = [sys.executable, '-c', 'import time; time.sleep(60)']
     with subprocess.Popen(asleep) as this, subprocess.Popen(asleep) as slower:
         launcher = SimpleNamespace(procs=[slower])

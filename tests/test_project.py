@@ -76,7 +76,7 @@ def test_environment_yml_installs_the_same_extras():
 
 
 def test_import_is_quick_and_needs_only_the_core():
-    code = ("import sys, scaleprotoseg; heavy = {'torch', 'lightning', 'matplotlib', 'pandas', 'papermill', 'nbdev', 'fastcore', 'IPython'};"
+    code = ("import sys, scaleprotoseg; heavy = {'torch', 'lightning_fabric', 'matplotlib', 'pandas', 'papermill', 'nbdev', 'fastcore', 'IPython'};"
             "assert not heavy & set(sys.modules), heavy & set(sys.modules);"
             "import scaleprotoseg.training, scaleprotoseg.predict, scaleprotoseg.explain, scaleprotoseg.cli;"
             "tools = {'pandas', 'papermill', 'nbdev', 'fastcore', 'IPython', 'nbconvert', 'snakemake', 'seaborn'};"
