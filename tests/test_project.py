@@ -84,6 +84,23 @@ def test_import_is_quick_and_needs_only_the_core():
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
+def test_reading_notebooks_wait_for_nothing_they_do_not_need():
+    code = ("import sys, scaleprotoseg.report, scaleprotoseg.notebooks as n;"
+            "late = {'torchvision', 'pandas', 'matplotlib', 'seaborn', 'timm', 'scipy', 'lightning_fabric', 'torch._dynamo', 'papermill'};"
+            "assert not late & set(sys.modules), late & set(sys.modules);"
+            "n.notebook_parameters('nbs/paper/scaleprotoseg/table_02.ipynb');"
+            "assert 'jsonschema' in sys.modules and 'rfc3987_syntax' not in sys.modules;"
+            "import rfc3987_syntax")      # it is kept out once, not for good
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
+
+
+def test_a_training_needs_no_more_of_lightning_than_fabric():
+    code = ("import sys; from scaleprotoseg.training import make_fabric; make_fabric('cpu', '32-true');"
+            "late = {'torchmetrics', 'lightning', 'pytorch_lightning', 'scipy', 'transformers', 'pandas'};"
+            "assert not late & set(sys.modules), late & set(sys.modules)")
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
 def test_what_the_command_line_lists_needs_no_torch():
     code = ("import sys; from scaleprotoseg import cli, contents, notebooks, records;"
             "sys.argv = ['scaleprotoseg', 'list', 'demo'];"

@@ -257,6 +257,19 @@ next(loader)
 os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 sum(1 for _ in loader)
 '''
+ANOTHER_CHILD = '''
+import multiprocessing, signal, sys
+def wait(ready):
+    signal.signal(signal.SIGTERM, lambda *a: (print('asked, not killed', flush=True), sys.exit()))
+    ready.set()
+    signal.pause()
+ready = multiprocessing.Event()
+multiprocessing.Process(target=wait, args=(ready,), daemon=True).start()
+ready.wait()
+''' + GROUP + '''
+next(loader)
+raise SystemExit(1)
+'''
 
 
 def test_a_signal_to_all_processes_of_a_job_leaves_the_loaders_workers_alone():
@@ -267,3 +280,8 @@ def test_a_signal_to_all_processes_of_a_job_leaves_the_loaders_workers_alone():
 def test_a_program_whose_worker_died_ends():
     done = subprocess.run([sys.executable, '-c', ONE_DIES], capture_output=True, text=True, start_new_session=True, timeout=120)
     assert done.returncode == 1 and 'Traceback' in done.stderr        # of which error depends on what the worker was at
+
+
+def test_a_program_that_ends_kills_the_workers_of_its_loaders_and_no_other_child():
+    done = subprocess.run([sys.executable, '-c', ANOTHER_CHILD], capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert done.returncode == 1 and done.stdout.split('\n') == ['asked, not killed', ''], done.stderr
