@@ -20,22 +20,20 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from .basics import from_root, lookup, replace_file, write_json
-from .catalogue import CATALOGUE
 from .contents import (PAPER_NOTEBOOKS, contents_markdown, contents_table, dataset_key, is_ablation, joined,
                                     main_experiment, main_table, paper_notebooks)
-from .data import Dataset, Labels, Sample, open_dataset, palette
-from .evaluation import segment
-from .explain import Atlas, read_atlas
-from .interpretability import used_prototypes
-from .model import Model, load_model, pick_device, read_config
 from .notebooks import NotebookFailed, _belongs, _read_notebook, run_cells, without_leftovers
 from .recipes import Recipe, experiments, find_recipe, known_recipes, recipes_of
 from .records import COLUMNS, RECORDED, Finished, check_there, collect, finished, finished_stage, read_record, rows_of, stage_facts, verified, verify
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:      # most tables are made of scores, without torch
     import pandas as pd
     from matplotlib.figure import Figure
     from torch import Tensor
+
+    from scaleprotoseg.data import Dataset, Labels, Sample
+    from scaleprotoseg.explain import Atlas
+    from scaleprotoseg.model import Model
 
 # %% auto #0
 __all__ = ['PUBLISHED_DATA', 'METHOD_NAMES', 'PUBLISHED_SCHEDULES', 'STEPS', 'BETTER', 'LAST', 'published', 'recipe_table',
@@ -299,6 +297,8 @@ def plot_lengths(frame: pd.DataFrame,     # of `collect(…, with_main=True)`
     """mIoU in percent over the updates of the network, means over seeds with their standard deviation: of what the papers report, and per method of its
     stages. `lines` are published scores in percent by what to call them."""
     import matplotlib.pyplot as plt
+
+    from scaleprotoseg.data import palette
     known = [(c, x) for c in cases if (x := summarise(frame, c.recipe, c.stage))['runs']]
     panels = {'as reported': [(METHOD_NAMES.get(c.recipe.method, c.recipe.method), c, x) for c, x in known
                               if c.stage == c.recipe.reported.name and not _is_rescaled(c.recipe)]}
@@ -495,6 +495,8 @@ def plot_claims(pairs: Mapping[str, pd.DataFrame],  # `claims_pairs` by what the
     import matplotlib.pyplot as plt
     import pandas as pd
     import seaborn as sns
+
+    from scaleprotoseg.data import palette
     rows = pd.concat([x.assign(images=name) for name, x in pairs.items()])
     rows = rows.assign(claim=rows.question.map(lambda x: fill(x, 72)) + '\n' + rows.this + ' − ' + rows.against, difference=rows.difference.astype(float))
     names = [name for name, x in pairs.items() if len(x)]
@@ -706,6 +708,7 @@ class Run:
         """The split of the recipe's dataset that plays a role.
 
         Without options: ValueError if the stage was made of other images than there are now, see `check_shown`."""
+        from scaleprotoseg.data import open_dataset
         from scaleprotoseg.training import check_shown    # it makes every dataset known
         root, own = Path(data_root) if data_root else None, self.recipe.data.splits[role]
         dataset = open_dataset(self.recipe.data.dataset, root=root, **{**own, **options})
@@ -714,6 +717,7 @@ class Run:
 
     def segment(self, sample: Sample) -> Tensor:  # (H, W) int64
         "Class map of a sample at its own size, under the recipe's protocol, on the CPU."
+        from scaleprotoseg.evaluation import segment
         image = sample.image[None].to(next(self.model.parameters()).device)
         return segment(self.model, image, self.recipe.data.evaluation)[0].cpu()
 
@@ -724,6 +728,9 @@ def open_run(runs: str | Path, experiment: str, method: str, variant: str = '', 
     """A finished stage of a method; FileNotFoundError says which command runs it.
 
     In an experiment of ablations the empty variant is the recipe that the others vary."""
+    from scaleprotoseg.data import Labels
+    from scaleprotoseg.explain import read_atlas
+    from scaleprotoseg.model import load_model, pick_device, read_config
     recipe = find_recipe(experiment if variant else main_experiment(experiment), method, variant)
     stage = recipe.stage(stage).name if stage else recipe.last.name
     folder = finished_stage(runs, recipe, seed, stage)
@@ -744,6 +751,7 @@ def busiest_classes(model: Model, n: int = 1,
                     names: Iterable[str] = (),  # of the classes; needed for `first`
                    ) -> list[int]:
     "The `n` classes that use most prototypes; ties keep the order of the classes, classes that use none are left out."
+    from scaleprotoseg.interpretability import used_prototypes
     counts = used_prototypes(model).sum((0, 2)).tolist()
     order = sorted((c for c, used in enumerate(counts) if used), key=lambda c: -counts[c])
     if first:
@@ -896,11 +904,13 @@ def _what_was_run(frame: pd.DataFrame, experiment: str, again: pd.DataFrame) -> 
 
 def _terms(experiment: str) -> dict[str, str]:
     "Of the data that pictures show, unless they are drawn by this package: name -> terms."
+    from scaleprotoseg.catalogue import CATALOGUE
     cards = [CATALOGUE.get(name) for name in sorted({r.data.dataset for r in known_recipes(experiment)})]
     return {c.name: f'{c.what}. Terms: {c.terms}' for c in cards if c and c.name not in ('partscapes', 'folder')}
 
 def _notice(experiment: str) -> str:
     "For people who copy pictures out of a folder of results."
+    from scaleprotoseg.catalogue import CATALOGUE
     lines = [f'- `{name}`: {text}. Home: {CATALOGUE[name].home}' for name, text in _terms(experiment).items()]
     return '\n'.join(['# Pictures of other people\'s data', '', 'Pictures in this folder, and in its report and notebooks, show images and labels of', '',
                       *lines, '', 'The licence of this package does not cover them. Whom to cite: `data/README.md`.', ''])

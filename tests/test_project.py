@@ -86,7 +86,7 @@ def test_import_is_quick_and_needs_only_the_core():
 
 def test_reading_notebooks_wait_for_nothing_they_do_not_need():
     code = ("import sys, scaleprotoseg.report, scaleprotoseg.notebooks as n;"
-            "late = {'torchvision', 'pandas', 'matplotlib', 'seaborn', 'timm', 'scipy', 'lightning_fabric', 'torch._dynamo', 'papermill'};"
+            "late = {'torch', 'torchvision', 'pandas', 'matplotlib', 'seaborn', 'timm', 'scipy', 'lightning_fabric', 'torch._dynamo', 'papermill'};"
             "assert not late & set(sys.modules), late & set(sys.modules);"
             "n.notebook_parameters('nbs/paper/scaleprotoseg/table_02.ipynb');"
             "assert 'jsonschema' in sys.modules and 'rfc3987_syntax' not in sys.modules;"
