@@ -469,21 +469,29 @@ def claims_pairs(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
 
 def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                  asked: Iterable[Claim]) -> pd.DataFrame:
-    "mIoU and used prototypes of both models of every claim, means over `claims_pairs`; and mean and deviation of the pairs' difference."
+    """mIoU and used prototypes of both models of every claim, means over `claims_pairs`; mean and deviation of the pairs' difference, and half the width of
+    the 95 % confidence interval of that mean."""
     import pandas as pd
     mean, rows = lambda x: statistics.fmean(x) if len(x) and x.notna().all() else None, []
     for claim in asked:
         pairs = claims_pairs(frame, [claim])
         rows.append([*_named(claim), len(pairs), *(mean(pairs[x]) for x in ('miou', 'against_miou', 'difference')),
-                     statistics.stdev(pairs.difference) if len(pairs) > 1 else None, *(whole(mean(pairs[x])) for x in ('prototypes', 'against_prototypes'))])
-    return pd.DataFrame(rows, columns=[*_CLAIM, 'pairs', 'miou', 'against_miou', 'difference', 'std', 'prototypes', 'against_prototypes'], dtype=object)
+                     statistics.stdev(pairs.difference) if len(pairs) > 1 else None, _ci95(pairs.difference), *(whole(mean(pairs[x])) for x in ('prototypes', 'against_prototypes'))])
+    return pd.DataFrame(rows, columns=[*_CLAIM, 'pairs', 'miou', 'against_miou', 'difference', 'std', 'ci95', 'prototypes', 'against_prototypes'], dtype=object)
+
+def _ci95(values: Sequence[float]) -> float | None:
+    "Half the width of the 95 % confidence interval of the mean of independent, normal values (Student's t); of fewer than two there is none."
+    from scipy.special import stdtrit
+    n = len(values)
+    return float(stdtrit(n - 1, .975)) * statistics.stdev(values) / n ** .5 if n > 1 else None
 
 def claims_caption(pairs: pd.DataFrame,  # of `claims_pairs`
                    asked: Sequence[Claim]) -> str:
     "What a table of claims shows, how many of them have no pair yet, and in which the two models of a pair were trained on different devices."
     absent, seen = len(asked) - pairs.groupby(_CLAIM).ngroups, pairs[~pairs.one_device.astype(bool)]
     apart = '; '.join(dict.fromkeys(f'{r.this} against {r.against}' for r in seen.itertuples()))
-    return ' '.join(['mIoU in percent of two models, prototypes in use, and mean and standard deviation of the difference over pairs that share a seed.',
+    return ' '.join(['mIoU in percent of two models, prototypes in use, and mean and standard deviation of the difference over pairs that share a seed; '
+                     '`ci95`: half the 95 % confidence interval of that mean (Student\'s t, pairs taken for independent).',
                      *([f'{absent} of {len(asked)} questions have no pair yet.'] if absent else []),
                      *([f'Trained on different machines (or one was not noted), which alone moves a score: {apart}.'] if apart else [])])
 
