@@ -14,7 +14,7 @@ from torch import Tensor
 def label_counts(labels: Tensor,            # any shape, int64, void -1
                  classes: int) -> Tensor:   # (C,) int64, on the CPU
     "How many labels there are of each class."
-    return torch.bincount(labels[labels >= 0].flatten(), minlength=classes).cpu()
+    return _count(labels[labels >= 0].flatten(), classes).cpu()
 
 def confusion(prediction: Tensor,  # any shape, int64 0..C-1
               label: Tensor,       # same shape, int64 0..C-1, void -1
@@ -22,7 +22,11 @@ def confusion(prediction: Tensor,  # any shape, int64 0..C-1
              ) -> Tensor:          # (C, C) int64: truth, prediction
     "Counts of non-void pixels by true and predicted class."
     seen = label >= 0
-    return torch.bincount(classes * label[seen] + prediction[seen], minlength=classes ** 2).view(classes, classes)
+    return _count(classes * label[seen] + prediction[seen], classes ** 2).view(classes, classes)
+
+def _count(x: Tensor, n: int) -> Tensor:
+    "How often each of 0..n-1 occurs. On Apple's GPU many equal numbers are counted slowly, and have been counted wrongly: there the CPU counts."
+    return torch.bincount(x.cpu(), minlength=n).to(x.device) if x.is_mps else torch.bincount(x, minlength=n)
 
 # %% ../nbs/08_metrics.ipynb #cell-05
 def class_iou(counts: Tensor,  # (C, C) int: truth, prediction

@@ -32,13 +32,13 @@ def notebook_parameters(notebook: str | Path) -> dict[str, dict]:
             for name, p in _papermill().inspect_notebook(str(notebook)).items()}
 
 def _papermill():
-    """papermill. With it comes jsonschema, which compiles a grammar of internet addresses for a check that notebooks do not ask for, longer than all
-    else takes to import; it does without where that grammar is not installed."""
+    """papermill, the module. With it comes jsonschema, which compiles a grammar of internet addresses, longer than all else takes to import, for a check
+    that notebooks do not ask for. It does without where that is not installed; so it does in this process, if nobody imported it before."""
     grammar = 'rfc3987_syntax'
-    kept_out = sys.modules.setdefault(grammar, None) is None       # importing it fails, which jsonschema expects
+    if 'papermill' not in sys.modules: sys.modules.setdefault(grammar, None)       # importing it fails, which jsonschema expects
     try: import papermill
     finally:
-        if kept_out: del sys.modules[grammar]
+        if sys.modules.get(grammar, 'not there') is None: sys.modules.pop(grammar, None)
     return papermill
 
 def _tagged(cells: list[dict], notebook: str | Path) -> list[str]:

@@ -562,7 +562,7 @@ def protoseg_ablations(r: Recipe) -> list[Recipe]:
 
 def claim_ablations(proto: Recipe, scale: Recipe) -> list[Recipe]:
     """What the papers claim of their parts: the diversity loss (off; in joint training as published, its labels shifted), the number of prototypes,
-    and whether it is the scales (one scale with as many prototypes as four, also with as many features; four maps of one dilation, the lower
+    and whether it is the scales (one scale with as many prototypes as four, also with as many features, which makes prototypes longer too; four maps of one dilation, the lower
     middle one)."""
     scales, per_class, channels = (scale.model[k] for k in ('scales', 'per_class', 'channels'))
     one_scale = {'scales': 1, 'per_class': scales * per_class}

@@ -469,21 +469,22 @@ def claims_pairs(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
 
 def claims_table(frame: pd.DataFrame,  # of `collect(…, with_main=True)`
                  asked: Iterable[Claim]) -> pd.DataFrame:
-    """mIoU and used prototypes of both models of every claim, means over `claims_pairs`; mean and deviation of the pairs' difference, and half the width of
-    the 95 % confidence interval of that mean."""
+    """mIoU and used prototypes of both models of every claim, means over `claims_pairs`; mean and deviation of the pairs' difference, half the width of
+    the 95 % confidence interval of that mean (`ci95`), and whether zero lies outside it (`clear`)."""
     import pandas as pd
     mean, rows = lambda x: statistics.fmean(x) if len(x) and x.notna().all() else None, []
     for claim in asked:
         pairs = claims_pairs(frame, [claim])
-        rows.append([*_named(claim), len(pairs), *(mean(pairs[x]) for x in ('miou', 'against_miou', 'difference')),
-                     statistics.stdev(pairs.difference) if len(pairs) > 1 else None, _ci95(pairs.difference), *(whole(mean(pairs[x])) for x in ('prototypes', 'against_prototypes'))])
-    return pd.DataFrame(rows, columns=[*_CLAIM, 'pairs', 'miou', 'against_miou', 'difference', 'std', 'ci95', 'prototypes', 'against_prototypes'], dtype=object)
+        scores, used = ([mean(pairs[x]) for x in columns] for columns in (('miou', 'against_miou', 'difference'), ('prototypes', 'against_prototypes')))
+        std, ci95 = (f(pairs.difference) if len(pairs) > 1 else None for f in (statistics.stdev, _ci95))
+        clear = None if ci95 is None else 'yes' if abs(scores[-1]) > ci95 else 'no'
+        rows.append([*_named(claim), len(pairs), *scores, std, ci95, clear, *map(whole, used)])
+    return pd.DataFrame(rows, columns=[*_CLAIM, 'pairs', 'miou', 'against_miou', 'difference', 'std', 'ci95', 'clear', 'prototypes', 'against_prototypes'], dtype=object)
 
-def _ci95(values: Sequence[float]) -> float | None:
-    "Half the width of the 95 % confidence interval of the mean of independent, normal values (Student's t); of fewer than two there is none."
+def _ci95(values: Sequence[float]) -> float:
+    "Half the width of the 95 % confidence interval of the mean of independent, normal values, two at least (Student's t)."
     from scipy.special import stdtrit
-    n = len(values)
-    return float(stdtrit(n - 1, .975)) * statistics.stdev(values) / n ** .5 if n > 1 else None
+    return float(stdtrit(len(values) - 1, .975)) * statistics.stdev(values) / len(values) ** .5
 
 def claims_caption(pairs: pd.DataFrame,  # of `claims_pairs`
                    asked: Sequence[Claim]) -> str:
@@ -491,7 +492,8 @@ def claims_caption(pairs: pd.DataFrame,  # of `claims_pairs`
     absent, seen = len(asked) - pairs.groupby(_CLAIM).ngroups, pairs[~pairs.one_device.astype(bool)]
     apart = '; '.join(dict.fromkeys(f'{r.this} against {r.against}' for r in seen.itertuples()))
     return ' '.join(['mIoU in percent of two models, prototypes in use, and mean and standard deviation of the difference over pairs that share a seed; '
-                     '`ci95`: half the 95 % confidence interval of that mean (Student\'s t, pairs taken for independent).',
+                     '`ci95`: half the width of the 95 % confidence interval of that mean (Student\'s t, pairs taken for independent), over chance in training, '
+                     'not over other images; `clear`: zero lies outside.',
                      *([f'{absent} of {len(asked)} questions have no pair yet.'] if absent else []),
                      *([f'Trained on different machines (or one was not noted), which alone moves a score: {apart}.'] if apart else [])])
 

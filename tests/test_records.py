@@ -201,7 +201,10 @@ def test_ablations_stand_beside_recorded_main_runs(tmp_path):
     asked = [c for c in claims('em-quick-ablations') if c.this.recipe.variant == 'k1']
     alone, both = (claims_table(collect(tmp_path / 'mine', 'em-quick-ablations', with_main=True, recorded=x), asked) for x in ('', tmp_path / 'recorded'))
     assert alone.pairs.tolist() == [0] and both.pairs.tolist() == [2] and both.difference.tolist() == pytest.approx([2.5])
-    assert alone.ci95.tolist() == [None] and both.ci95.tolist() == pytest.approx([12.706 * .5], abs=1e-3)      # of 3 and 2, by the table of Student's t
+    assert alone.ci95.tolist() == [None] and both.ci95.tolist() == pytest.approx([12.706 * .5], abs=1e-3) and (alone.clear[0], both.clear[0]) == (None, 'no')      # of 3 and 2, by the table of Student's t
+    for seed in range(2): finish(tmp_path / 'mine', 'em-quick-ablations', 'scaleprotoseg', 'threshold', seed, .73 + seed / 100, variant='k5', alive=40, active=20, total=40)
+    alike = claims_table(collect(tmp_path / 'mine', 'em-quick-ablations', with_main=True, recorded=tmp_path / 'recorded'), [c for c in claims('em-quick-ablations') if c.this.recipe.variant == 'k5'])
+    assert alike.ci95[0] == pytest.approx(0) and alike.clear[0] == 'yes'
 
 
 def test_a_variant_of_ones_own_is_asked_about(tmp_path, monkeypatch):

@@ -263,8 +263,9 @@ def wait(ready):
     signal.signal(signal.SIGTERM, lambda *a: (print('asked, not killed', flush=True), sys.exit()))
     ready.set()
     signal.pause()
-ready = multiprocessing.Event()
-multiprocessing.Process(target=wait, args=(ready,), daemon=True).start()
+fork = multiprocessing.get_context('fork')
+ready = fork.Event()
+fork.Process(target=wait, args=(ready,), daemon=True).start()
 ready.wait()
 ''' + GROUP + '''
 next(loader)
