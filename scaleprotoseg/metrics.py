@@ -25,7 +25,7 @@ def confusion(prediction: Tensor,  # any shape, int64 0..C-1
     return _count(classes * label[seen] + prediction[seen], classes ** 2).view(classes, classes)
 
 def _count(x: Tensor, n: int) -> Tensor:
-    "How often each of 0..n-1 occurs. On Apple's GPU many equal numbers are counted slowly, and have been counted wrongly: there the CPU counts."
+    "How often each of 0..n-1 occurs. Apple's GPU, for which counting is slow, leaves it to the CPU."
     return torch.bincount(x.cpu(), minlength=n).to(x.device) if x.is_mps else torch.bincount(x, minlength=n)
 
 # %% ../nbs/08_metrics.ipynb #cell-05
