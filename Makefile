@@ -15,11 +15,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
-# --no-compile: modules are compiled when they are first imported, most never are
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("scaleprotoseg needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile -e '.[repro,lite0,segformer,deploy,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e '.[repro,lite0,segformer,deploy,dev]'
 	touch $@
 
 install: $(VENV)/.installed  ## virtual environment with everything

@@ -27,9 +27,10 @@ _TYPES = {'str': str, 'int': int, 'float': (int, float), 'bool': bool, 'list': (
 
 def notebook_parameters(notebook: str | Path) -> dict[str, dict]:
     "Name → type name, default and help of each parameter. ValueError without a cell tagged `parameters`."
+    papermill = _papermill()
     _tagged(_read_notebook(Path(notebook))['cells'], notebook)
     return {name: {'type': p['inferred_type_name'], 'default': p['default'], 'help': p['help']}
-            for name, p in _papermill().inspect_notebook(str(notebook)).items()}
+            for name, p in papermill.inspect_notebook(str(notebook)).items()}
 
 def _papermill():
     """papermill, the module. With it comes jsonschema, which compiles a grammar of internet addresses, longer than all else takes to import, for a check
